@@ -1,0 +1,269 @@
+"""What you want, as plain frozen data: axis sizes, ZeRO level, schedule, precision, sync.
+
+A `Strategy` is printable, hashable and JSON round-trips. It says nothing about a model or
+devices: `st.plan` resolves it against both.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from shardtrain.errors import StrategyError, suggest
+
+AXES = ("data", "fsdp", "pipeline", "expert", "context", "tensor")
+"""Mesh axes in mesh order: the innermost (`tensor`) gets the nearest devices."""
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+REMAT = ("none", "full", "dots", "dots_no_batch")
+PRECISIONS = ("fp32", "bf16")
+_SPELLINGS = {"float32": "fp32", "f32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How to split one training step over a mesh.
+
+    Args:
+      data: Replicas: the batch is split, parameters are copied. One size may be -1 (fill).
+      fsdp: The batch is split and, by `zero`, parameters are sharded too.
+      pipeline: Stages of consecutive layers.
+      expert: Experts of mixture-of-experts layers.
+      context: The sequence dim of the batch.
+      tensor: The width of the model (heads, mlp, vocab).
+      zero: What is sharded over `fsdp`: 0 nothing, 1 optimizer state, 2 + gradients,
+        3 + parameters.
+      rules: `{logical axis name or parameter glob: mesh axes}` overrides. A value is a mesh axis
+        name, a tuple of them (one dim over several axes), or None; for a glob (it contains `*`,
+        `?`, `/` or `[`) the value is a tuple with one entry per dim.
+      sequence_parallel: Shard the residual stream's sequence dim over `tensor`.
+      num_microbatches: Parts into which each global batch is split, one after another.
+      schedule: Pipeline schedule: gpipe, 1f1b, interleaved, zero-bubble.
+      virtual_stages: Model chunks per pipeline stage (interleaved).
+      remat: What the backward pass recomputes: none, full (each repeated block), dots (keep
+        matmul results), dots_no_batch (keep only weight matmuls).
+      offload: Keep optimizer state in host memory.
+      precision: fp32, or bf16 (fp32 master parameters, bf16 compute, fp32 reductions).
+      max_grad_norm: Clip gradients to this global norm before the optimizer; None: no clipping.
+      equal_microbatches: A scalar loss is a mean over equally weighted microbatches.
+      sync: How replicas agree; None is `AllReduce()`.
+      compression: Gradient compression with error feedback, or None.
+      dcn: Axis sizes across slices or hosts with a slower network, e.g. `{"data": 2}`.
+      allow_replicated: Parameter globs that may stay replicated without an error.
+
+    Raises:
+      StrategyError: A value is out of range or two fields contradict each other.
+
+    Example:
+      >>> s = Strategy.parse("data=4,tensor=2,num_microbatches=4")
+      >>> s.tensor, str(s)
+      (2, 'data=4,tensor=2,num_microbatches=4')
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    zero: int = 3
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    sequence_parallel: bool = False
+    num_microbatches: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    remat: str = "none"
+    offload: bool = False
+    precision: str = "fp32"
+    max_grad_norm: float | None = None
+    equal_microbatches: bool = False
+    sync: Any = None
+    compression: Any = None
+    dcn: Mapping[str, int] = field(default_factory=dict)
+    allow_replicated: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)
+        put("precision", _SPELLINGS.get(self.precision, self.precision))
+        put("rules", FrozenDict({k: _tuples(v) for k, v in dict(self.rules).items()}))
+        put("dcn", FrozenDict(dict(self.dcn)))
+        allow = self.allow_replicated
+        put("allow_replicated", (allow,) if isinstance(allow, str) else tuple(allow))
+        _check(self)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> size, in mesh order."""
+        return {name: getattr(self, name) for name in AXES}
+
+    def replace(self, **changes: Any) -> "Strategy":
+        """A copy with some fields changed."""
+        for name in changes:
+            _known_field(name)
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def parse(cls, text: str) -> "Strategy":
+        """Read `"data=4,tensor=2,schedule=1f1b"`; the inverse of `str()`.
+
+        Raises:
+          StrategyError: Unknown field (the nearest is suggested) or unreadable value.
+        """
+        values: dict[str, Any] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            name, equals, value = (p.strip() for p in part.partition("="))
+            if not equals:
+                raise StrategyError(f"{part!r} in strategy {text!r} is not of the form field=value")
+            _known_field(name)
+            if name in values:
+                raise StrategyError(f"strategy {text!r} gives {name!r} twice")
+            values[name] = _parse_value(name, value)
+        return cls(**values)
+
+    def __str__(self) -> str:
+        shown = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != _default(f):
+                shown.append(f"{f.name}={_show(value)}")
+        return ",".join(shown) or "data=1"
+
+    def to_json(self) -> str:
+        """A JSON object of the fields that differ from their defaults."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name: changed[f.name] for f in fields(self) if changed[f.name] != _default(f)}
+        return json.dumps(changed, default=_json_value)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Strategy":
+        """Read `to_json()` back.
+
+        Raises:
+          StrategyError: Not a JSON object of known fields.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise StrategyError(f"not JSON: {error}") from error
+        for name in values:
+            _known_field(name)
+        for name in ("sync", "compression"):
+            if isinstance(values.get(name), dict):
+                values[name] = _component(name, values[name])
+        return cls(**values)
+
+
+class FrozenDict(dict):
+    """A hashable dict: rules and dcn sizes inside a frozen `Strategy`."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items(), key=repr)))
+
+    def _frozen(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a Strategy is frozen: use strategy.replace(...)")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return (FrozenDict, (dict(self),))
+
+
+_SCALARS: dict[str, type] = {
+    **dict.fromkeys(AXES, int),
+    "zero": int,
+    "num_microbatches": int,
+    "virtual_stages": int,
+    "max_grad_norm": float,
+    "sequence_parallel": bool,
+    "offload": bool,
+    "equal_microbatches": bool,
+    "schedule": str,
+    "remat": str,
+    "precision": str,
+}
+
+
+def _default(f: dataclasses.Field) -> Any:
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _known_field(name: str) -> None:
+    names = [f.name for f in fields(Strategy)]
+    if name not in names:
+        raise StrategyError(f"Strategy has no field {name!r}: {suggest(name, names)}")
+
+
+def _parse_value(name: str, value: str) -> Any:
+    kind = _SCALARS.get(name)
+    if name in ("sync", "compression"):
+        return None if value.lower() == "none" else _component(name, {"kind": value})
+    if kind is None:
+        raise StrategyError(f"{name!r} cannot be written in a strategy string; pass it in Python")
+    if name == "max_grad_norm" and value.lower() == "none":
+        return None
+    if kind is bool:
+        if value.lower() in ("true", "1", "yes"):
+            return True
+        if value.lower() in ("false", "0", "no"):
+            return False
+        raise StrategyError(f"{name}={value!r} is not true or false")
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise StrategyError(f"{name}={value!r} is not {_a(kind)}") from error
+
+
+def _a(kind: type) -> str:
+    return {int: "a whole number", float: "a number"}.get(kind, f"a {kind.__name__}")
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _json_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **dataclasses.asdict(value)}
+    raise TypeError(f"{value!r} in a Strategy is not JSON")
+
+
+def _component(name: str, described: dict[str, Any]) -> Any:
+    raise StrategyError(f"{name}={described.get('kind')!r} is not available in this version")
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise StrategyError(f"{name}={value!r} is not known: {suggest(str(value), known)}")
+
+
+def _check(s: Strategy) -> None:
+    for name, size in s.sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            raise StrategyError(f"{name}={size!r}: a mesh axis size is a whole number >= 1, or -1")
+    if list(s.sizes.values()).count(-1) > 1:
+        filled = [n for n, size in s.sizes.items() if size == -1]
+        raise StrategyError(f"only one axis size may be -1, found {', '.join(filled)}")
+    if s.zero not in (0, 1, 2, 3):
+        raise StrategyError(f"zero={s.zero!r} is not 0, 1, 2 or 3")
+    for name in ("num_microbatches", "virtual_stages"):
+        value = getattr(s, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise StrategyError(f"{name}={value!r} is not a whole number >= 1")
+    _choice("schedule", s.schedule, SCHEDULES)
+    _choice("remat", s.remat, REMAT)
+    _choice("precision", s.precision, PRECISIONS)
+    if s.max_grad_norm is not None and not s.max_grad_norm > 0:
+        raise StrategyError(f"max_grad_norm={s.max_grad_norm!r} is not a number > 0, or None")
+    for name, size in s.dcn.items():
+        if name not in AXES:
+            raise StrategyError(f"dcn axis {name!r} is not a mesh axis: {suggest(name, AXES)}")
+        total = s.sizes[name]
+        if size < 1 or (total != -1 and total % size):
+            raise StrategyError(f"dcn {name}={size} does not divide {name}={total}")

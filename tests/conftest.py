@@ -1,0 +1,27 @@
+"""Eight virtual CPU devices for every test, and one compilation cache for all workers."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+CACHE = os.environ.get(
+    "SHARDTRAIN_TEST_CACHE", os.path.join(tempfile.gettempdir(), "shardtrain-test-cache")
+)
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The eight devices; a test that would run on fewer must fail, not pass."""
+    found = jax.devices()
+    assert len(found) == 8, f"tests need 8 CPU devices, found {len(found)}"
+    return found

@@ -1,0 +1,1 @@
+"""Reading compiled programs, memory and time models, hardware, and the search over strategies."""

@@ -1,0 +1,1 @@
+"""Axis inference: logical axes of unmodified models, found in their jaxprs."""

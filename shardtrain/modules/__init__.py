@@ -9,10 +9,10 @@ from flax import nnx
 
 from shardtrain.errors import ModelError
 from shardtrain.modules.form import Functional, ModelForm
-from shardtrain.modules.functional import functional_form
-from shardtrain.modules.linen import linen_form
+from shardtrain.modules.functional_form import functional_form
+from shardtrain.modules.linen_form import linen_form
 from shardtrain.modules.losses import Aux, LossOutput, Mean, cross_entropy, standardize
-from shardtrain.modules.nnx import factory_form, instance_form
+from shardtrain.modules.nnx_form import factory_form, instance_form
 
 
 def model_form(model: Any, example: Callable[..., Any], batch: Any) -> ModelForm:

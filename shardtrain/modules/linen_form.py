@@ -40,7 +40,7 @@ def linen_form(module: nn.Module, example: Callable[..., Any], batch: Any) -> Mo
     annotations = _annotations(boxed["params"])
     carried = {k: v for k, v in nn.meta.unbox(boxed).items() if k not in sown}
     collections = tuple(k for k in carried if k != "params")
-    # A leaf module (one Dense of a list of Denses) is no block: there is nothing to recompute in it.
+    # A leaf module (one Dense of a list of Denses) is no block: nothing in it to recompute.
     parents = {path[:-1] for path in called}
     blocks = frozenset(repeated((p, k) for p, k in called.items() if p in parents))
 
@@ -56,7 +56,7 @@ def linen_form(module: nn.Module, example: Callable[..., Any], batch: Any) -> Mo
         key: jax.Array,
         train: bool,
         args: tuple[Any, ...],
-        calls: Calls = Calls(),
+        calls: Calls,
     ) -> tuple[Any, Any]:
         del train
         mutable = [*collections, *sorted(sown)]

@@ -51,7 +51,7 @@ def _apply(
     key: jax.Array,
     train: bool,
     args: tuple[Any, ...],
-    calls: Calls = Calls(),
+    calls: Calls,
 ) -> tuple[Any, Any]:
     del key, train, calls  # plain functions have no module calls to act on
     return fn(_join(params, variables), *args), variables

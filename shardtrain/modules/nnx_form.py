@@ -10,7 +10,7 @@ from flax import nnx
 from shardtrain.errors import ModelError
 from shardtrain.modules.form import ModelForm, structure_change
 from shardtrain.modules.intercept import Calls, nnx_calls, repeated
-from shardtrain.pytree import abstract, leaves_by_path, path_string
+from shardtrain.pytree import abstract, leaves_by_path
 
 
 def instance_form(module: nnx.Module) -> ModelForm:
@@ -65,7 +65,7 @@ def _form(module: nnx.Module, init: Any, initial: Any, model: Any = None) -> Mod
         key: jax.Array,
         train: bool,
         args: tuple[Any, ...],
-        calls: Calls = Calls(),
+        calls: Calls,
     ) -> tuple[Any, Any]:
         del key  # NNX modules carry their own rng state among their variables
         with nnx.use_eager_sharding(False):
@@ -132,6 +132,3 @@ def _annotations(params_state: Any) -> dict[str, tuple[Any, ...]]:
             rank = variable.get_value().ndim
             found["/".join(str(p) for p in path)] = tuple(names) + (None,) * (rank - len(names))
     return found
-
-
-__all__ = ["factory_form", "instance_form", "path_string"]

@@ -1,0 +1,113 @@
+"""`st.plan`: from a model, a loss, an optimizer, a batch and a strategy to a `Plan`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from shardtrain.errors import StrategyError
+from shardtrain.hardware import Hardware, hardware as find_hardware
+from shardtrain.mesh import abstract_mesh, build_mesh
+from shardtrain.modules import model_form
+from shardtrain.plan.core import Plan
+from shardtrain.plan.layout import make_layout
+from shardtrain.plan.loss import user_loss
+from shardtrain.pytree import abstract
+from shardtrain.strategy import Strategy
+
+
+def plan(
+    model: Any,
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    batch: Any,
+    strategy: Strategy | str | None = None,
+    hardware: Hardware | str | None = None,
+    *,
+    eval_fn: Callable[..., Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    donate: bool = True,
+) -> Plan:
+    """Resolve a strategy against a model: every array's sharding, and the step program.
+
+    Allocates and compiles nothing.
+
+    Args:
+      model: A Linen module, an NNX module, a function `rngs -> nnx.Module` (never materialised on
+        one device), or `st.Functional`. Not modified.
+      loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, rngs)`; may take a keyword
+        `train`. Returns `st.Mean(total, weight)` or a scalar, or `(either, metrics)`.
+      optimizer: Any optax transformation. Its schedule counts optimizer steps.
+      batch: One global batch, real or abstract (`jax.ShapeDtypeStruct`s).
+      strategy: A `Strategy` or its string; None: all devices as data replicas.
+      hardware: Plan for hardware that is not here, e.g. "h100:8x8"; None: this machine's devices.
+      eval_fn: Loss for `eval_step`; None: `loss_fn`.
+      devices: The devices to use; None: all.
+      donate: Reuse the old state's memory for the new one.
+
+    Raises:
+      ShardtrainError: Anything that would go wrong later, before anything is compiled.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = Functional(init=lambda key: {"w": jnp.zeros((4,))})
+      >>> loss = lambda v, batch: jnp.mean((batch["x"] @ v["w"] - batch["y"]) ** 2)
+      >>> batch = {"x": jnp.ones((8, 4)), "y": jnp.ones((8,))}
+      >>> p = plan(model, loss, optax.sgd(0.1), batch, Strategy(data=-1))
+      >>> state, metrics = p.step(p.init(), batch)
+      >>> float(metrics["loss"])
+      1.0
+    """
+    if isinstance(strategy, str):
+        strategy = Strategy.parse(strategy)
+    strategy = strategy or Strategy(data=-1)
+    _refuse_unavailable(strategy)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise StrategyError(
+            f"optimizer is a {type(optimizer).__name__}, not an optax.GradientTransformation such "
+            "as optax.adamw(1e-3)"
+        )
+    mesh = _mesh(strategy, hardware, devices)
+    loss = user_loss(loss_fn)
+    shapes = abstract(batch)
+    example = lambda model, batch: loss(model, batch, jax.random.key(0), True)
+    form = model_form(model, example, shapes)
+    layout = make_layout(form, optimizer, shapes, strategy, mesh)
+    return Plan(
+        form=form,
+        loss=loss,
+        eval_loss=user_loss(eval_fn) if eval_fn is not None else loss,
+        optimizer=optimizer,
+        strategy=strategy,
+        layout=layout,
+        donate=donate,
+    )
+
+
+def _mesh(strategy: Strategy, hardware: Hardware | str | None, devices: Any) -> Any:
+    if hardware is None:
+        return build_mesh(strategy, devices)
+    return abstract_mesh(strategy, find_hardware(hardware).device_count)
+
+
+def _refuse_unavailable(strategy: Strategy) -> None:
+    """Fields whose machinery is not in this version are refused, never ignored."""
+    asked = {
+        "pipeline": strategy.pipeline > 1,
+        "virtual_stages": strategy.virtual_stages > 1,
+        "sequence_parallel": strategy.sequence_parallel,
+        "offload": strategy.offload,
+        "sync": strategy.sync is not None,
+        "compression": strategy.compression is not None,
+    }
+    missing = [name for name, wanted in asked.items() if wanted]
+    if missing:
+        raise StrategyError(
+            f"Strategy({missing[0]}={getattr(strategy, missing[0])!r}) is not available in this "
+            "version; available: data, fsdp, tensor, expert, context, zero, num_microbatches, "
+            "remat, precision"
+        )
+
+
+__all__ = ["Plan", "plan"]

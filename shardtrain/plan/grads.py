@@ -1,0 +1,135 @@
+"""Which gradient function a plan runs: composed from the wrappers of `train.gradients`.
+
+Design: where a loss is proven to be a sum over examples, each replica adds up its own gradients
+and they are reduced once per step, in float32. Where it is not (batch statistics, dropout masks
+drawn for the whole batch), the partitioner reduces within each microbatch, which is always right.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from shardtrain.partitioning.infer.independence import Independence, batch_independence
+from shardtrain.plan.layout import Layout
+from shardtrain.strategy import Strategy
+from shardtrain.train import (
+    GradFn,
+    LossFn,
+    first_microbatch_key,
+    over_microbatches,
+    per_replica,
+    split_batch,
+    sum_replicas,
+    value_and_grad,
+)
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """The gradient function, and how often it communicates.
+
+    Args:
+      grad_fn: Sums over the global batch.
+      local_axes: Batch axes over which gradients are reduced once per step.
+      reason: Why not once, where they are reduced within each microbatch.
+    """
+
+    grad_fn: GradFn
+    local_axes: tuple[str, ...]
+    reason: str = ""
+
+
+def make_gradients(
+    loss_for: Callable[[tuple[str, ...]], LossFn],
+    proof_loss: LossFn,
+    layout: Layout,
+    s: Strategy,
+) -> GradientPlan:
+    """Compose the gradient function of a strategy.
+
+    Args:
+      loss_for: The loss in the plan's layout, given the batch axes that are split off.
+      proof_loss: The same loss without sharding constraints, for the proof.
+      layout: Shardings.
+      s: Microbatches, ZeRO level and precision.
+    """
+    many = s.num_microbatches > 1
+    axes = _local_axes(layout, s)
+    reason = ""
+    if axes and (many or s.precision == "bf16"):
+        proof = prove_sum_over_examples(proof_loss, layout, s)
+        if not proof.ok:
+            reason = f"{proof.reason}{f' ({proof.source})' if proof.source else ''}"
+            axes = ()
+    else:
+        axes = ()
+    grad_fn = value_and_grad(loss_for(axes))
+    constrain = layout.constrain(layout.grad_specs)
+    if axes:
+        replicas = math.prod(layout.sizes[a] for a in axes)
+        grad_fn = per_replica(grad_fn, replicas, axes)
+        inner = layout.constrain(layout.grad_specs, leading=axes)
+    else:
+        inner = constrain
+    if many:
+        grad_fn = over_microbatches(grad_fn, s.num_microbatches, inner)
+    else:
+        grad_fn = first_microbatch_key(grad_fn)
+    if axes:
+        grad_fn = sum_replicas(grad_fn, constrain)
+    return GradientPlan(grad_fn, axes, reason)
+
+
+def _local_axes(layout: Layout, s: Strategy) -> tuple[str, ...]:
+    """Sharded gradients (ZeRO 2, 3) leave over fsdp as they are made; the rest waits.
+
+    Rows are laid out axis by axis, so only the leading axes can be split off without moving rows.
+    """
+    axes = layout.batch_axes
+    return axes[: axes.index("fsdp")] if s.zero >= 2 and "fsdp" in axes else axes
+
+
+def prove_sum_over_examples(loss: LossFn, layout: Layout, s: Strategy) -> Independence:
+    """Whether one microbatch's sums can be computed per replica and added."""
+    state = layout.state
+    plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    def sums(params: Any, batch: Any, variables: Any, key: jax.Array) -> Any:
+        output, _ = loss(params, variables, batch, key)
+        return output
+
+    microbatch = plain(layout.batch)
+    if s.num_microbatches > 1:
+        split = jax.eval_shape(lambda b: split_batch(b, s.num_microbatches), microbatch)
+        microbatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), split)
+    changed = _changed_variables(loss, plain(state.params), plain(state.variables), microbatch)
+    if changed:
+        return Independence(False, f"the model updates its variables ({changed})", "")
+    return batch_independence(
+        sums,
+        plain(state.params),
+        microbatch,
+        plain(state.variables),
+        plain(state.rng),
+        parts=math.prod(layout.sizes[a] for a in _local_axes(layout, s)),
+    )
+
+
+def _changed_variables(loss: LossFn, params: Any, variables: Any, batch: Any) -> str:
+    """Floating-point variables that the call rewrites, e.g. batch statistics."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jaxpr, (_, new) = jax.make_jaxpr(lambda p, v, b, k: loss(p, v, b, k), return_shape=True)(
+        params, variables, batch, key
+    )
+    flat = jax.tree_util.tree_leaves_with_path(new)
+    outputs = jaxpr.jaxpr.outvars[len(jaxpr.jaxpr.outvars) - len(flat) :]
+    inputs = set(map(id, jaxpr.jaxpr.invars))
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, leaf), var in zip(flat, outputs, strict=True)
+        if id(var) not in inputs and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+    ]
+    return ", ".join(names[:3])

@@ -1,0 +1,135 @@
+"""What a plan can say about itself before, and after, it is compiled."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
+from shardtrain.planner.collectives import Collective, collectives_of
+from shardtrain.tables import Table, bytes_text
+from shardtrain.train import split_batch
+
+if TYPE_CHECKING:
+    from shardtrain.plan.core import Plan
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device while training.
+
+    Args:
+      params: Stored parameters.
+      grads: Accumulated gradients (float32).
+      optimizer: Optimizer state.
+      variables: Everything else the model carries.
+      batch: One global batch's shard.
+      activations: Estimate: what the forward pass of one microbatch keeps for the backward pass,
+        split over the batch and sequence axes.
+      compiled_arguments: Measured by the compiler; None before `plan.compile()`.
+      compiled_temporaries: Measured by the compiler; None before `plan.compile()`.
+    """
+
+    params: int
+    grads: int
+    optimizer: int
+    variables: int
+    batch: int
+    activations: int
+    compiled_arguments: int | None = None
+    compiled_temporaries: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Sum of the estimated parts."""
+        kept = self.params + self.grads + self.optimizer + self.variables
+        return kept + self.batch + self.activations
+
+    def table(self) -> Table:
+        """Estimated and compiled side by side."""
+        names = ("params", "grads", "optimizer", "variables", "batch", "activations", "total")
+        rows = [(n, bytes_text(getattr(self, n)), "estimate") for n in names]
+        for name in ("compiled_arguments", "compiled_temporaries"):
+            value = getattr(self, name)
+            if value is not None:
+                rows.append((name.replace("_", " "), bytes_text(value), "compiler"))
+        return Table("Memory on each device", ("what", ">bytes", "from"), tuple(rows))
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+class PlanViews:
+    """The explaining half of `Plan`."""
+
+    def explain(self: "Plan", path: str | None = None) -> Table:
+        """Which rule decided each array, its sharding, and bytes on each device.
+
+        Args:
+          path: One parameter, in detail; None: all of them.
+        """
+        if path is not None:
+            return explain_leaf(self.layout, path, self.strategy.zero)
+        return explain_table(self.layout, self.strategy.zero, self.findings)
+
+    def memory(self: "Plan") -> Memory:
+        """Bytes on each device by class; after `compile()`, the compiler's figures too."""
+        state = self.layout.state
+        compiled = self._executable
+        analysis = compiled.memory_analysis() if compiled is not None else None
+        return Memory(
+            params=device_bytes(state.params),
+            grads=device_bytes(self._sharded_like(self.layout.grad_specs)),
+            optimizer=device_bytes(state.opt_state),
+            variables=device_bytes(state.variables),
+            batch=device_bytes(self.layout.batch),
+            activations=self._activation_bytes(),
+            compiled_arguments=analysis.argument_size_in_bytes if analysis else None,
+            compiled_temporaries=analysis.temp_size_in_bytes if analysis else None,
+        )
+
+    def collectives(self: "Plan") -> list[Collective]:
+        """What the compiled step communicates: kind, bytes, mesh axes, times per step, source."""
+        return collectives_of(self._compiled_step(), self.mesh)
+
+    def _compiled_step(self: "Plan") -> jax.stages.Compiled:
+        if self._executable is None:
+            self._need_devices("collectives")
+            lowered = self._jitted_step.lower(self.layout.state, self.layout.batch)
+            self._executable = lowered.compile()
+        return self._executable
+
+    def _sharded_like(self: "Plan", specs: Any) -> Any:
+        sharding = lambda s: jax.sharding.NamedSharding(self.mesh, s)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(s)),
+            self.form.abstract_params,
+            specs,
+        )
+
+    def _activation_bytes(self: "Plan") -> int:
+        """Residuals of one microbatch's backward pass, from the traced program."""
+        plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        state = self.layout.state
+        batch = plain(self.layout.batch)
+        if self.strategy.num_microbatches > 1:
+            parts = jax.eval_shape(lambda b: split_batch(b, self.strategy.num_microbatches), batch)
+            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+
+        def residuals(params: Any, variables: Any, batch: Any, key: jax.Array) -> Any:
+            total = lambda p: self.proof_loss(p, variables, batch, key)[0].loss.total
+            return jax.vjp(total, params)[1]
+
+        kept = jax.eval_shape(
+            residuals, plain(state.params), plain(state.variables), batch, plain(state.rng)
+        )
+        sizes = self.layout.sizes
+        split = sizes["context"]
+        for axis in self.layout.batch_axes:
+            split *= sizes[axis]
+        inputs = {(x.shape, x.dtype) for x in jax.tree.leaves(plain(state.params))}
+        made = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in inputs]
+        return sum(x.size * x.dtype.itemsize for x in made) // split

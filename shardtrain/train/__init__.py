@@ -1,0 +1,33 @@
+"""State, gradients, step."""
+
+from shardtrain.train.gradients import (
+    GradFn,
+    Gradients,
+    LossFn,
+    first_microbatch_key,
+    over_microbatches,
+    per_replica,
+    split_batch,
+    sum_replicas,
+    value_and_grad,
+)
+from shardtrain.train.state import TrainState
+from shardtrain.train.step import RESERVED_METRICS, Step, clip, make_eval, make_step
+
+__all__ = [
+    "RESERVED_METRICS",
+    "GradFn",
+    "Gradients",
+    "LossFn",
+    "Step",
+    "TrainState",
+    "clip",
+    "first_microbatch_key",
+    "make_eval",
+    "make_step",
+    "over_microbatches",
+    "per_replica",
+    "split_batch",
+    "sum_replicas",
+    "value_and_grad",
+]

@@ -1,0 +1,104 @@
+"""One optimizer step as a pure function of state and batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shardtrain.errors import LossContractError
+from shardtrain.train.gradients import GradFn, LossFn
+from shardtrain.train.state import TrainState
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+RESERVED_METRICS = ("loss", "grad_norm", "weight", "skipped")
+
+
+def make_step(
+    grad_fn: GradFn,
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float | None,
+    shard_update: Callable[[Any], Any],
+) -> Step:
+    """Gradient, clip, update; a step that is not finite changes nothing and is counted.
+
+    Args:
+      grad_fn: Sums of gradients over the global batch.
+      optimizer: The user's optax transformation.
+      max_grad_norm: Clip to this global norm, or None.
+      shard_update: Constrains a params-shaped tree to the optimizer state's shards, so that each
+        device updates what it owns (ZeRO).
+
+    Returns:
+      `(state, batch) -> (state, metrics)`.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.rng, state.step)
+        found = grad_fn(state.params, state.variables, batch, key)
+        weight = found.output.loss.weight
+        divisor = jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), found.grads)
+        norm = optax.global_norm(grads)
+        loss = found.output.loss.value
+        if max_grad_norm is not None:
+            grads = clip(grads, norm, max_grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0)
+
+        params = shard_update(state.params)
+        updates, opt_state = optimizer.update(shard_update(grads), state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        new_state = state.replace(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            variables=keep_finite(finite, found.variables, state.variables),
+            skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+        )
+        clash = sorted(set(found.output.metrics) & set(RESERVED_METRICS))
+        if clash:
+            raise LossContractError(
+                f"metric name {clash[0]!r} is shardtrain's own (reserved: "
+                f"{', '.join(RESERVED_METRICS)}); rename it"
+            )
+        metrics = {name: mean.value for name, mean in found.output.metrics.items()}
+        metrics |= {
+            "loss": loss,
+            "grad_norm": norm,
+            "weight": weight,
+            "skipped": 1 - finite.astype(jnp.int32),
+        }
+        return new_state, metrics
+
+    return step
+
+
+def keep_finite(finite: jax.Array, new: Any, old: Any) -> Any:
+    """New variables where the step counts; rng counters always move on."""
+
+    def choose(n: jax.Array, o: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(n.dtype, jnp.floating):
+            return n
+        return jnp.where(finite, n, o)
+
+    return jax.tree.map(choose, new, old)
+
+
+def clip(grads: Any, norm: jax.Array, max_norm: float) -> Any:
+    """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
+    scale = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+
+
+def make_eval(loss_fn: LossFn) -> Callable[[TrainState, Any], dict[str, Any]]:
+    """Loss and metrics of a batch as `Mean`s, so that batches add up exactly; no update."""
+
+    def evaluate(state: TrainState, batch: Any) -> dict[str, Any]:
+        key = jax.random.fold_in(state.rng, state.step)
+        output, _ = loss_fn(state.params, state.variables, batch, key)
+        return {**output.metrics, "loss": output.loss}
+
+    return evaluate

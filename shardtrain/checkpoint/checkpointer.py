@@ -1,0 +1,449 @@
+"""`Checkpointer`: committed, verified, mesh-free steps on disk.
+
+Saving: copy to host, return, write in the background, commit by rename, read back, record sizes and
+checksums, only then report. Restoring: verify the files on all processes, compare the tree with the
+plan, load onto the plan's shardings, compare the fingerprint of the values; a step that fails is
+renamed and the one before it is tried.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from shardtrain.checkpoint import agreement, leaves, manifest, steps, store
+from shardtrain.checkpoint.compare import require_same
+from shardtrain.checkpoint.fingerprint import as_text, fingerprint
+from shardtrain.errors import CheckpointError
+
+_LOG = logging.getLogger("shardtrain.checkpoint")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class CheckpointPlan(Protocol):
+    """What a `Checkpointer` needs of a plan.
+
+    A plan that stores arrays otherwise than they should lie on disk (stages stacked, dims padded)
+    may also have `to_checkpoint(state) -> tree`, `from_checkpoint(tree) -> state` and
+    `abstract_checkpoint`, the abstract tree of that form with shardings.
+    """
+
+    @property
+    def abstract_state(self) -> Any:
+        """The state as `jax.ShapeDtypeStruct`s with the current shardings."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """JSON for the metadata: strategy, model name."""
+        ...
+
+
+class Checkpointer:
+    """Saves and restores the state of one run.
+
+    Args:
+        directory: of this run; made when needed. Relative paths and `~` are fine.
+        plan: gives the shardings to restore to, whatever mesh the step was saved on.
+        max_to_keep: complete steps to keep, None for all. The newest is never deleted.
+        timeout: seconds after which a save gives up on another process.
+        report: gets one line per event (committed, restored, set aside); default: the logger
+            `shardtrain.checkpoint`.
+
+    Use it in a `with` block, or call `close()`. A save in flight when the program ends is waited
+    for in any case.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        plan: CheckpointPlan,
+        *,
+        max_to_keep: int | None = 3,
+        timeout: int = 300,
+        report: Callable[[str], None] | None = None,
+    ):
+        self.directory = steps.resolve(directory)
+        self._plan = plan
+        self._max_to_keep = max_to_keep
+        self._timeout = timeout
+        self._report = report or _LOG.info
+        self._warn = report or _LOG.warning
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "shardtrain-checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._failures: list[tuple[int, BaseException]] = []
+        self._prepared = False
+        self.extra: dict[str, Any] = {}
+        store.silence_logs()
+        store.before_threads_stop(_wait_at_exit(weakref.ref(self)))
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, state: Any, extra: Mapping[str, Any] | None = None) -> None:
+        """Save `state` as step `int(state.step)`; returns when it was copied to host memory.
+
+        The state may be donated or changed afterwards. All processes must call this together.
+
+        Args:
+            state: any pytree of arrays with an attribute `step`.
+            extra: JSON to keep with it (loader position, metrics); read back as `.extra`.
+
+        Raises:
+            RestoreMismatch: the directory holds steps of another model. Nothing was written.
+            CheckpointError: a leaf cannot be saved, or the *previous* save failed (this one is
+                under way nevertheless).
+        """
+        self._collect()
+        step = int(np.asarray(jax.device_get(state.step)))
+        started = time.monotonic()
+        named = leaves.named_leaves(self._to_checkpoint(state))
+        infos = leaves.describe(named)
+        self._prepare(infos)
+        hashes = fingerprint(named)
+        if not self._already_saved(step, hashes):
+            self._make_room(step)
+            header = self._header(step, infos, _json(extra or {}))
+            path = steps.step_path(self.directory, step)
+            handle = store.save_async(path, leaves.to_arrays(named), self._timeout)
+            copied = time.monotonic() - started
+            future = self._executor.submit(self._finish, handle, header, hashes, copied)
+            self._pending = (step, future)
+        self._raise_failures(f"Step {step} is being saved now.")
+
+    def _prepare(self, infos: Mapping[str, leaves.LeafInfo]) -> None:
+        """Once, before the first save: a shared directory of this very model, swept clean."""
+        if self._prepared:
+            return
+        agreement.on_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+        agreement.require_shared(self.directory)
+        existing = steps.committed(self.directory)
+        if existing:
+            path = steps.step_path(self.directory, existing[-1])
+            self._require_same(manifest.read_header(path), infos, path)
+        agreement.barrier("shardtrain checkpoint compared")
+        agreement.on_first(lambda: steps.remove_leftovers(self.directory))
+        self._prepared = True
+
+    def _already_saved(self, step: int, hashes: Mapping[str, Any]) -> bool:
+        path = steps.step_path(self.directory, step)
+        same = False
+        if manifest.is_complete(path):
+            same = manifest.read_header(path).fingerprints == as_text(hashes)
+            same = same and not manifest.problems(path)
+        if same := agreement.all_agree(same):
+            self._report(f"checkpoint {step} is already there, with the same values")
+        return same
+
+    def _make_room(self, step: int) -> None:
+        """Steps from `step` on belong to a future that this run does not have: set them aside."""
+
+        def move() -> None:
+            for later in (s for s in steps.present(self.directory) if s >= step):
+                whole = manifest.is_complete(steps.step_path(self.directory, later))
+                suffix = "superseded" if whole else "incomplete"
+                moved = steps.set_aside(self.directory, later, suffix)
+                self._warn(f"saving step {step}: the existing step {later} is now {moved.name}")
+            steps.require_free(self.directory, step)
+
+        agreement.on_first(move)
+
+    def _header(
+        self, step: int, infos: dict[str, leaves.LeafInfo], extra: dict[str, Any]
+    ) -> manifest.Header:
+        versions = {name: metadata.version(name) for name in _PACKAGES}
+        return manifest.Header(
+            step=step,
+            leaves=infos,
+            fingerprints={},
+            plan=_json(self._plan.describe()),
+            mesh=mesh_of(self._abstract()),
+            extra=extra,
+            versions=versions | {"python": platform.python_version()},
+            num_parts=jax.process_count(),
+        )
+
+    def _finish(
+        self, handle: store.PendingSave, header: manifest.Header, hashes: Any, copied: float
+    ) -> None:
+        """In the background: commit, read back, record, then report and delete old steps."""
+        started = time.monotonic()
+        handle.result()
+        path = steps.step_path(self.directory, header.step)
+        part, first = jax.process_index(), jax.process_index() == 0
+        if first:
+            filled = dataclasses.replace(header, fingerprints=as_text(hashes))
+            manifest.write_header(path, filled)
+        manifest.write_part(path, part, header.num_parts)
+        if not first:
+            return
+        self._wait_for_parts(path, header.num_parts)
+        size, hidden = manifest.total_bytes(path), time.monotonic() - started
+        self._report(
+            f"checkpoint {header.step} committed ({_bytes(size)}, {copied:.2f} s to copy, "
+            f"{hidden:.1f} s in the background)"
+        )
+        steps.retain(self.directory, self._max_to_keep)
+
+    def _wait_for_parts(self, path: Path, num_parts: int) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not manifest.is_complete(path, num_parts):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all of {num_parts} processes confirmed {path}")
+            time.sleep(0.02)
+
+    def poll(self) -> None:
+        """Raise what a background save ran into, without waiting; cheap enough for every step.
+
+        With several processes this does nothing: they learn of it together, at the next `save` or
+        `wait`, for one that raises alone would leave the others waiting.
+        """
+        if jax.process_count() > 1:
+            return
+        if self._pending is not None and self._pending[1].done():
+            self._collect()
+        self._raise_failures("Earlier steps are intact.")
+
+    def wait(self, together: bool = True) -> None:
+        """Wait until the last save is committed and verified.
+
+        Args:
+            together: all processes call this; False where this one may be alone (it is failing).
+
+        Raises:
+            CheckpointError: it failed on some process; earlier steps are intact.
+        """
+        self._collect(together)
+        self._raise_failures("Earlier steps are intact.")
+
+    def _collect(self, together: bool = True) -> None:
+        """Wait for the save in flight and note its failure, if any."""
+        if self._pending is None:
+            return
+        step, future = self._pending
+        self._pending = None
+        error = future.exception()
+        if together and not agreement.all_agree(error is None) and error is None:
+            error = OSError("another process could not save its part")
+        if error is not None:
+            self._failures.append((step, error))
+            # a failed save keeps its space until its temporary directory goes
+            if jax.process_index() == 0:
+                steps.remove_leftovers(self.directory)
+
+    def _raise_failures(self, consequence: str) -> None:
+        if not self._failures:
+            return
+        failures, self._failures = self._failures, []
+        step, error = failures[0]
+        raise CheckpointError(
+            f"saving step {step} to {self.directory} failed: {_reason(error)}. {consequence}"
+        ) from error
+
+    def close(self, together: bool = True) -> None:
+        """Wait for the save in flight and release the thread; see `wait` for `together`."""
+        try:
+            self.wait(together)
+        finally:
+            self._executor.shutdown()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.close(together=error is None)
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    # ------------------------------------------------------------------ restoring
+
+    def steps(self) -> list[int]:
+        """Complete steps on disk, ascending."""
+        return steps.committed(self.directory)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def restore(self, step: int | None = None) -> Any:
+        """The state of a step, on the current plan's shardings.
+
+        Args:
+            step: None for the newest good one: damaged steps are renamed to `N.corrupt` and the
+                one before is tried. A given step is restored or an error is raised.
+
+        Returns:
+            The state; its `extra` is then in `.extra`.
+
+        Raises:
+            RestoreMismatch: the step is of another model; lists every difference.
+            CheckpointError: there is no such step, or no good one; says what is wrong with each.
+        """
+        self.wait()
+        if step is not None:
+            return self._restore_given(step)
+        rejected: list[str] = []
+        while (candidate := agreement.from_first(self._newest())) >= 0:
+            state, found = self._try_restore(candidate)
+            if not found:
+                return state
+            rejected.append(f"step {candidate}: {found[0]}")
+            self._quarantine(candidate, found)
+        if rejected:
+            raise CheckpointError(
+                f"no good step in {self.directory}. " + "; ".join(rejected) + ". The damaged steps "
+                "were renamed to *.corrupt, not deleted."
+            )
+        raise CheckpointError(f"no checkpoint in {self.directory}.")
+
+    def _newest(self) -> int:
+        """The newest complete step, or -1; one still being written by another job is left alone."""
+        newest = max(self.steps(), default=-1)
+        for step in (s for s in steps.present(self.directory) if s > newest):
+            self._warn(f"step {step} was never completed (no manifest); it is not used")
+        return newest
+
+    def _restore_given(self, step: int) -> Any:
+        if step not in steps.present(self.directory):
+            raise CheckpointError(
+                f"no step {step} in {self.directory}; complete steps: {self.steps()}."
+            )
+        state, found = self._try_restore(step)
+        if found:
+            raise CheckpointError(
+                f"step {step} in {self.directory} is damaged and was not restored: "
+                + "; ".join(found[:5])
+            )
+        return state
+
+    def _quarantine(self, step: int, found: list[str]) -> None:
+        def rename() -> None:
+            moved = steps.set_aside(self.directory, step, "corrupt")
+            self._warn(f"checkpoint {step} is damaged ({found[0]}); renamed to {moved.name}")
+
+        agreement.on_first(rename)
+
+    def _try_restore(self, step: int) -> tuple[Any, list[str]]:
+        """The state, or what is wrong with the step on some process."""
+        path = steps.step_path(self.directory, step)
+        share, num_shares = jax.process_index(), jax.process_count()
+        found = manifest.problems(path, share, num_shares)
+        if not agreement.all_agree(not found):
+            return None, found or ["another process found it damaged"]
+        header = manifest.read_header(path)
+        abstract = self._abstract()
+        wanted = leaves.named_leaves(abstract)
+        self._require_same(header, leaves.describe(wanted), path)
+        restored = _load(path, wanted, header)
+        changed = _changed(restored, wanted, header)
+        if not agreement.all_agree(not changed):
+            return None, changed or ["another process read other values"]
+        self.extra = header.extra
+        now = describe_mesh(mesh_of(abstract))
+        self._report(f"restored step {step}: saved on {describe_mesh(header.mesh)}, now {now}")
+        tree = jax.tree.unflatten(jax.tree.structure(abstract), restored)
+        return self._from_checkpoint(tree), []
+
+    def _require_same(
+        self, header: manifest.Header, infos: Mapping[str, leaves.LeafInfo], path: Path
+    ) -> None:
+        mine = _json(self._plan.describe())
+        models = f" (saved: {header.plan}; plan: {mine})" if header.plan != mine else ""
+        require_same(header.leaves, infos, str(path), models)
+
+    def _to_checkpoint(self, state: Any) -> Any:
+        convert = getattr(self._plan, "to_checkpoint", None)
+        return state if convert is None else convert(state)
+
+    def _from_checkpoint(self, tree: Any) -> Any:
+        convert = getattr(self._plan, "from_checkpoint", None)
+        return tree if convert is None else convert(tree)
+
+    def _abstract(self) -> Any:
+        return getattr(self._plan, "abstract_checkpoint", self._plan.abstract_state)
+
+
+def _json(value: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(value)))
+    except TypeError as error:
+        raise CheckpointError(f"extra and plan.describe() must be JSON: {error}.") from error
+
+
+def _load(path: Path, wanted: Mapping[str, Any], header: manifest.Header) -> list[Any]:
+    try:
+        arrays = store.load(path, leaves.to_targets(wanted, header.leaves))
+    except Exception as error:  # the files are verified: this is memory, a device or a bug
+        raise CheckpointError(f"{path} is intact but could not be loaded: {error}") from error
+    return leaves.from_arrays(arrays, wanted, header.leaves)
+
+
+def _changed(restored: list[Any], wanted: Mapping[str, Any], header: manifest.Header) -> list[str]:
+    """Leaves whose values are not those that were saved."""
+    now = as_text(fingerprint(dict(zip(wanted, restored, strict=True))))
+    return [
+        f"{name}: values changed since they were saved (fingerprint {now[name]}, saved {saved})"
+        for name, saved in header.fingerprints.items()
+        if now[name] != saved
+    ]
+
+
+def mesh_of(abstract: Any) -> dict[str, Any]:
+    """Axis sizes, devices and processes of the mesh that a tree lies on."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(abstract))
+    named = [s for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+    axes = dict(named[0].mesh.shape) if named else {}
+    devices = int(np.prod(list(axes.values()), dtype=np.int64)) if axes else 1
+    return {"axes": axes, "devices": devices, "processes": jax.process_count()}
+
+
+def describe_mesh(mesh: Mapping[str, Any]) -> str:
+    """`data=2,tensor=4 (8 devices)`."""
+    axes = ",".join(f"{axis}={size}" for axis, size in mesh["axes"].items() if size > 1)
+    devices = mesh["devices"]
+    counted = f"{devices} device{'s' if devices > 1 else ''}"
+    return f"{axes} ({counted})" if axes else counted
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if "No space left" in text or "File too large" in text:
+        return f"the disk is full or a size limit was reached ({text[:200]})"
+    return f"{type(error).__name__}: {text[:500]}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"
+
+
+def _wait_at_exit(reference: "weakref.ref[Checkpointer]") -> Callable[[], None]:
+    def wait() -> None:
+        checkpointer = reference()
+        if checkpointer is None:
+            return
+        try:
+            checkpointer.wait(together=False)
+        except CheckpointError as error:
+            # nobody is left to catch it, and a lost save must not end in success
+            sys.stderr.write(f"shardtrain: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+    return wait

@@ -1,0 +1,217 @@
+"""What must be true of a step's files: sizes and checksums, written after the commit.
+
+Orbax notices damage to its own metadata but not to the arrays: most single-bit flips in a data file
+load without any error. So each process, after the commit, reads back a share of the files and
+writes one part of a manifest; a step counts only when all parts are there. Before any collective
+load all files are compared with it, because a process that fails alone leaves the others waiting.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardtrain.checkpoint.leaves import LeafInfo
+from shardtrain.errors import CheckpointError
+
+FOLDER = "shardtrain"
+_HEADER = "header.json"
+_FORMAT = 1
+_BLOCK = 1 << 22
+_READERS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a reader needs to know of a step without the code of the model.
+
+    Attributes:
+        step: training step.
+        leaves: name → shape, dtype and key kind, in tree order.
+        fingerprints: name → mesh-independent hash of the values, at the time of saving.
+        plan: `plan.describe()` of the run that saved it.
+        mesh: axis sizes, devices and processes it was saved on.
+        extra: the user's JSON (loader position, metrics).
+        versions: of python, jax, shardtrain's dependencies.
+        num_parts: number of manifest parts = processes that saved it.
+    """
+
+    step: int
+    leaves: dict[str, LeafInfo]
+    fingerprints: dict[str, str]
+    plan: dict[str, Any]
+    mesh: dict[str, Any]
+    extra: dict[str, Any]
+    versions: dict[str, str]
+    num_parts: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, with the format version."""
+        leaves = {
+            name: {"shape": list(i.shape), "dtype": i.dtype} | ({"impl": i.impl} if i.impl else {})
+            for name, i in self.leaves.items()
+        }
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"format": _FORMAT} | fields | {"leaves": leaves}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Header":
+        """The inverse of `to_json`; refuses a newer format."""
+        if record["format"] != _FORMAT:
+            raise CheckpointError(
+                f"the checkpoint has format {record['format']}, this shardtrain reads {_FORMAT}. "
+                "Update shardtrain to read it."
+            )
+        leaves = {
+            name: LeafInfo(tuple(leaf["shape"]), leaf["dtype"], leaf.get("impl"))
+            for name, leaf in record["leaves"].items()
+        }
+        fields: dict[str, Any] = {f.name: record[f.name] for f in dataclasses.fields(cls)}
+        fields["leaves"] = leaves
+        return cls(**fields)
+
+
+def write_header(step_directory: Path, header: Header) -> None:
+    """Write what describes the step; one process does it."""
+    _write(step_directory / FOLDER / _HEADER, header.to_json())
+
+
+def write_part(step_directory: Path, part: int, num_parts: int) -> None:
+    """Read back this process's share of the files and record their sizes and checksums."""
+    names = _data_files(step_directory)[part::num_parts]
+    paths = [step_directory / name for name in names]
+    for path in paths:
+        _sync(path)
+    sums = _checksums(paths)
+    files = {
+        name: [path.stat().st_size, value]
+        for name, path, value in zip(names, paths, sums, strict=True)
+    }
+    _write(_part_path(step_directory, part, num_parts), {"files": files})
+
+
+def is_complete(step_directory: Path, num_parts: int | None = None) -> bool:
+    """Whether the header and all parts exist (their contents are not read, but for the count)."""
+    if num_parts is None:
+        try:
+            num_parts = read_header(step_directory).num_parts
+        except CheckpointError:
+            return False
+    parts = (_part_path(step_directory, part, num_parts) for part in range(num_parts))
+    return (step_directory / FOLDER / _HEADER).is_file() and all(p.is_file() for p in parts)
+
+
+def read_header(step_directory: Path) -> Header:
+    """Read the description of a step.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
+    return Header.from_json(_read(step_directory / FOLDER / _HEADER))
+
+
+def problems(step_directory: Path, share: int = 0, num_shares: int = 1) -> list[str]:
+    """What is wrong with a step's files; empty when nothing is.
+
+    Sizes of all files are compared, checksums of every `num_shares`-th one from `share`.
+    """
+    try:
+        num_parts = read_header(step_directory).num_parts
+        recorded: dict[str, list[int]] = {}
+        for part in range(num_parts):
+            recorded |= _read(_part_path(step_directory, part, num_parts))["files"]
+    except CheckpointError as error:
+        return [str(error)]
+    found = [
+        problem
+        for name, (size, _) in sorted(recorded.items())
+        if (problem := _size_problem(step_directory / name, name, size))
+    ]
+    if found:
+        return found
+    mine = sorted(recorded)[share::num_shares]
+    sums = _checksums([step_directory / name for name in mine])
+    return [
+        f"{name}: checksum {actual:08x}, written {recorded[name][1]:08x}"
+        for name, actual in zip(mine, sums, strict=True)
+        if actual != recorded[name][1]
+    ]
+
+
+def total_bytes(step_directory: Path) -> int:
+    """Bytes of all files of a step."""
+    return sum((step_directory / name).stat().st_size for name in _data_files(step_directory))
+
+
+def _size_problem(path: Path, name: str, size: int) -> str | None:
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    return None if actual == size else f"{name}: {actual} bytes, written {size}"
+
+
+def _part_path(step_directory: Path, part: int, num_parts: int) -> Path:
+    return step_directory / FOLDER / f"files-{part:05d}-of-{num_parts:05d}.json"
+
+
+def _data_files(step_directory: Path) -> list[str]:
+    """All files but the manifest itself, as sorted relative POSIX paths."""
+    found = (p.relative_to(step_directory) for p in step_directory.rglob("*") if p.is_file())
+    return sorted(p.as_posix() for p in found if p.parts[0] != FOLDER)
+
+
+def _checksums(paths: Sequence[Path]) -> list[int]:
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(_checksum, paths))
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _write(path: Path, body: Mapping[str, Any]) -> None:
+    """Write JSON with its own checksum so that it appears whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(body)
+    record = json.dumps({"crc32": zlib.crc32(text.encode()), "body": body})
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(record)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        body, written = record["body"], record["crc32"]
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {error.strerror} (never completed?)") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path.name} is damaged: {error}") from error
+    actual = zlib.crc32(json.dumps(body).encode())
+    if actual != written:
+        raise CheckpointError(f"{path.name} is damaged: checksum {actual}, written {written}")
+    return body
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to the disk, where the platform can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

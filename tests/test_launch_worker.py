@@ -84,6 +84,19 @@ def test_without_a_supervisor_the_traceback_is_printed(tmp_path):
     assert done.stderr.endswith("KeyError: 'x'\n")
 
 
+def test_a_broken_collective_is_one_line_and_17(tmp_path):
+    code = (
+        "class JaxRuntimeError(RuntimeError): pass\n"
+        "raise JaxRuntimeError('Gloo all-reduce failed: Connection reset by peer\\nmore')"
+    )
+    done = run_worker(code, tmp_path, SHARDTRAIN_RUN_DIRECTORY=str(tmp_path))
+    assert done.returncode == 17
+    assert done.stderr == (
+        "stopping because another process failed: Gloo all-reduce failed: Connection reset by "
+        "peer\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("code", "returncode", "stderr"),
     [
@@ -159,13 +172,14 @@ def environment(tmp_path, gpus=(), devices=None, **environ):
 
 
 def test_devices_are_virtual_cpus_or_a_share_of_the_gpus(tmp_path):
-    cpu = environment(tmp_path, devices=2, no_proxy="corp")
+    cpu = environment(tmp_path, devices=2, no_proxy="corp", https_proxy="proxy:80")
     assert (cpu["JAX_NUM_CPU_DEVICES"], cpu["JAX_PLATFORMS"]) == ("2", "cpu")
     assert cpu["no_proxy"] == "corp,127.0.0.1,localhost"
     gpu = environment(tmp_path, gpus=("0", "1", "2", "3"))
     assert gpu["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert "JAX_NUM_CPU_DEVICES" not in gpu
     assert "JAX_NUM_CPU_DEVICES" not in environment(tmp_path)
+    assert "no_proxy" not in environment(tmp_path)
     assert gpu_share(["0", "1", "2"], 1, 3, None) == ["1"]
     with pytest.raises(DistributedError, match=r"an equal share of the 3 .* counts: \[1, 3\]"):
         gpu_share(["0", "1", "2"], 0, 2, None)

@@ -85,8 +85,6 @@ def worker_environment(
     Raises:
       DistributedError: the GPUs do not divide among the processes.
     """
-    loopback = "127.0.0.1,localhost"
-    proxies = environ.get("no_proxy", "")
     variables = {
         **environ,
         worker.PROCESS_INDEX_VARIABLE: str(process_index),
@@ -95,9 +93,11 @@ def worker_environment(
         worker.RUN_DIRECTORY_VARIABLE: str(run_directory),
         worker.SUPERVISOR_VARIABLE: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
-        # The coordination service speaks gRPC, which would send even loopback through a proxy.
-        "no_proxy": f"{proxies},{loopback}" if proxies else loopback,
     }
+    if any(name.lower() in ("http_proxy", "https_proxy", "grpc_proxy") for name in environ):
+        # The coordination service speaks gRPC, which would send even loopback through a proxy.
+        direct = [environ.get("no_proxy", ""), "127.0.0.1", "localhost"]
+        variables["no_proxy"] = ",".join(filter(None, direct))
     variables.pop(DEVICES_VARIABLE, None)
     if gpus:
         mine = gpu_share(gpus, process_index, process_count, devices_per_process)

@@ -20,6 +20,7 @@ from shardtrain.monitoring.progress import ProgressRecord, read_progress, write_
 _POLL_SECONDS = 0.05
 _HANG_LOOK_SECONDS = 0.2
 _STACKS_SECONDS = 2.0
+_ROOT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,16 @@ class _Watch:
             record = self._record(worker)
             self._exits.append(Exit(worker.process_index, code, record.phase, record.step))
             if self._exits[-1].kind not in ("done", "preempted"):
-                grace = time.monotonic() + self._settings.grace_seconds
-                self._deadline = min(self._deadline, grace)
+                self._deadline = min(self._deadline, time.monotonic() + self._grace())
+
+    def _grace(self) -> float:
+        """Followers may be seen before the process they lost; after that nothing is to be learnt.
+
+        The others can do nothing useful any more: some of them notice at once, others wait in a
+        collective for ever (both happen with gloo).
+        """
+        follower = self._exits[-1].kind == "peer"
+        return self._settings.grace_seconds * (1.0 if follower else _ROOT_SHARE)
 
     def _record(self, worker: WorkerProcess) -> ProgressRecord:
         record = read_progress(self._directory, worker.process_index)

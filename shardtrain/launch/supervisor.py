@@ -55,7 +55,8 @@ def launch(
         when the run succeeds.
       output: "all" streams every process with a prefix `[p0] `, "first" only process 0 and
         without prefix (tables and progress bars stay intact), "none" only to the log files.
-      grace_seconds: after the first failure the others have this long to report and leave.
+      grace_seconds: when a process leaves because it lost another one, the others have this long
+        to report and leave too; a tenth of it once the process that failed by itself is known.
       stop_grace_seconds: after SIGTERM or Ctrl-C the workers have this long to save.
       environ: environment of the workers.
 

@@ -1,0 +1,65 @@
+"""Two real JAX processes with two CPU devices each, joined over gloo."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shardtrain.launch import launch
+
+WORKER = str(pathlib.Path(__file__).with_name("launch_jax_worker.py"))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+
+def start(tmp_path, *behaviours, **options):
+    command = [sys.executable, WORKER, str(tmp_path), *behaviours]
+    return launch(command, 2, 2, run_directory=tmp_path / "run", environ=ENVIRON, **options)
+
+
+def test_kill_9_restarts_and_finishes(tmp_path, capfd):
+    assert start(tmp_path, "kill@1", "none") == 0
+    out, err = capfd.readouterr()
+    assert "process 1 failed at step 2, phase 'data' (killed by SIGKILL)" in err
+    assert "[p0] shardtrain launch: 2 processes, each drives 2 devices (4 total)" in out
+    for process in (0, 1):
+        assert f"[p{process}] result 8.0 on 4 devices" in out
+
+
+def test_an_exception_in_one_worker_is_told_apart_from_its_consequences(tmp_path, capfd):
+    assert start(tmp_path, "raise@1", max_restarts=0) == 1
+    err = capfd.readouterr().err
+    assert "phase 'data' (exit code 1) on " in err
+    assert ": ValueError: boom on process 1\n" in err
+    assert err.count("Traceback (most recent call last)") == 1
+
+
+def test_processes_that_disagree_stop_before_training(tmp_path, capfd):
+    assert start(tmp_path, "disagree@1", max_restarts=0) == 1
+    assert "config: process 0 has 'lr=1', process 1 has 'lr=2'" in capfd.readouterr().err
+
+
+def test_sigterm_to_the_supervisor_stops_all_processes_at_one_step_with_42(tmp_path):
+    code = (
+        "import sys; from shardtrain.launch import launch\n"
+        f"sys.exit(launch([sys.executable, {WORKER!r}, {str(tmp_path)!r}, 'preempt@1'], 2, 2, "
+        f"run_directory={str(tmp_path / 'run')!r}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=ENVIRON
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 42
+    saved = [(tmp_path / f"saved-{i}").read_text() for i in (0, 1)]
+    assert saved[0] == saved[1]

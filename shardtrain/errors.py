@@ -100,6 +100,10 @@ class CollectiveMismatch(ShardtrainError):
     """The compiled program communicates differently from what was asserted."""
 
 
+class OutOfMemoryError(ShardtrainError):
+    """A compiled step needs more memory than one device has."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the nearest known name, or the list of all known names."""
     known = sorted(set(known))

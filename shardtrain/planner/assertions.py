@@ -112,5 +112,5 @@ def _report(lines: list[tuple[str, str, str, bool]]) -> str:
     text = console.export_text()
     return (
         f"{wrong} of {len(lines)} kinds of communication differ from what was asserted:\n{text}"
-        "collectives_table(...) shows where they come from; ignore_below=BYTES leaves out tiny ones."
+        "collectives_table(...) shows where they come from; ignore_below=N leaves out tiny ones."
     )

@@ -22,6 +22,7 @@ from shardtrain.planner.replica_groups import (
     parse_replica_groups,
     varying_axes,
 )
+from shardtrain.planner.usage import is_loop_invariant, is_only_sliced
 
 KINDS = (
     "all-reduce",
@@ -33,6 +34,7 @@ KINDS = (
     "collective-broadcast",
 )
 UNKNOWN_AXES = ("?",)
+_CHAIN = "frontend_attributes={chain_id="
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Collective:
         is_exact: False when `count` assumes one pass of a data-dependent loop, or that the branch
             of a conditional is taken.
         in_loop: it runs in the body of a loop.
+        is_loop_invariant: in a loop, an all-gather of the same program argument in each iteration.
+        is_only_sliced: an all-reduce of whose result each device reads only its own part.
         within: the mesh axes along which its groups vary; differs from `axes` only where that is
             `("?",)`.
     """
@@ -76,6 +80,8 @@ class Collective:
     num_operands: int = 1
     is_exact: bool = True
     in_loop: bool = False
+    is_loop_invariant: bool = False
+    is_only_sliced: bool = False
     within: tuple[str, ...] = ()
 
 
@@ -135,6 +141,12 @@ def _payload(
     return total * (group_size if kind == "all-gather" else 1), len(operands)
 
 
+def _is_async(node: Instruction, at: Execution) -> bool:
+    """Whether work can overlap. GPU programs start all, and mark those waited for at once."""
+    starts = at.is_async or node.opcode.endswith("-start") or _CHAIN in node.attributes
+    return starts and '"is_sync":true' not in node.attributes
+
+
 def _slice_sizes(node: Instruction) -> list[tuple[int, ...]]:
     text = node.attributes.partition("slice_sizes={{")[2].partition("}}")[0]
     return [tuple(int(n) for n in part.split(",")) for part in text.split("},{")] if text else []
@@ -148,10 +160,21 @@ def _is_scattered(computation: Computation, node: Instruction) -> bool:
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 
 
+def _starts_chain(computation: Computation, node: Instruction) -> bool:
+    """Whether a collective is the first of a TPU chain: the one that starts the transfer."""
+    return any("AsyncCollectiveStart" in u.attributes for u in computation.users.get(node.name, ()))
+
+
 def _kind(computation: Computation, node: Instruction, at: Execution) -> str | None:
-    """The collective an instruction is, or None. `-done` halves are not counted."""
+    """The collective an instruction is, or None.
+
+    Not counted again: `-done` halves, and the later links of a TPU chain (`chain_id`), in which
+    each fusion that a transfer overlaps with repeats the collective.
+    """
     name = node.opcode.removesuffix("-start")
     if name not in KINDS:
+        return None
+    if _CHAIN in node.attributes and not _starts_chain(computation, node):
         return None
     if name == "all-reduce" and at.fused_by is not None and _is_scattered(computation, node):
         return "reduce-scatter"
@@ -190,7 +213,7 @@ def _read(
         bytes=size,
         axes=axes,
         count=at.count,
-        is_async=at.is_async or node.opcode.endswith("-start"),
+        is_async=_is_async(node, at),
         source=source or (module.sources.locate(fused.attributes) if fused else ""),
         parameter=_parameter(origins, computation, node),
         operation_name=node.operation_name or (fused.operation_name if fused else ""),
@@ -198,6 +221,11 @@ def _read(
         num_operands=num_operands,
         is_exact=at.is_exact,
         in_loop=at.in_loop,
+        is_loop_invariant=kind == "all-gather"
+        and at.in_loop
+        and is_loop_invariant(origins, computation, node),
+        is_only_sliced=kind == "all-reduce"
+        and is_only_sliced(module, computation, node, group_size),
         within=within,
     )
 
@@ -214,8 +242,14 @@ def merge_collectives(collectives: Sequence[Collective]) -> list[Collective]:
     return list(rows.values())
 
 
-def collectives_in(module: Module, layout: _Layout) -> list[Collective]:
-    """All collectives of a parsed module, merged."""
+def collectives_in(
+    module: Module,
+    axis_names: Sequence[str],
+    device_ids: np.ndarray,
+    assignment: Sequence[int] | None = None,
+) -> list[Collective]:
+    """All collectives of a parsed module, merged. Arguments as `parse_collectives`."""
+    layout = _layout(axis_names, device_ids, assignment)
     executions, origins = count_executions(module), Origins(module)
     found = []
     for name, computation in module.computations.items():
@@ -260,7 +294,7 @@ def parse_collectives(
         >>> found.kind, found.bytes, found.axes
         ('all-reduce', 32, ('a',))
     """
-    return collectives_in(parse_hlo(hlo_text), _layout(axis_names, device_ids, assignment))
+    return collectives_in(parse_hlo(hlo_text), axis_names, device_ids, assignment)
 
 
 def device_assignment(compiled: jax.stages.Compiled) -> list[int] | None:

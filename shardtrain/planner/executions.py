@@ -39,7 +39,7 @@ class Execution:
 def _calls(
     trips: TripCounts, computation: Computation, node: Instruction, at: Execution
 ) -> list[tuple[str, Execution]]:
-    """Computations one instruction runs, and how often. Scalar reducers (`to_apply`) are left out."""
+    """Computations an instruction runs, and how often; reducers (`to_apply`) are left out."""
     if node.opcode == "while":
         count = trips.of(computation, node)
         exact = at.is_exact and count is not None

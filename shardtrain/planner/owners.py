@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from shardtrain.planner.hlo import Computation, Instruction, Module
 
-_COPIES = ("bitcast", "bitcast-convert", "copy", "copy-start", "copy-done", "convert", "reshape")
+_COPIES = ("bitcast", "bitcast-convert", "copy", "convert", "reshape", "transpose", "slice")
+_ASYNC_COPIES = ("copy-start", "copy-done", "slice-start", "slice-done", "optimization-barrier")
 _GATHERS = ("all-gather", "all-gather-start", "all-gather-done")
-_PASS_THROUGH = frozenset((*_COPIES, *_GATHERS, "transpose", "optimization-barrier"))
-_SLICES = frozenset(("slice", "dynamic-slice"))
+_PASS_THROUGH = frozenset((*_COPIES, *_ASYNC_COPIES, *_GATHERS, "dynamic-slice"))
 _MAX_STEPS = 500  # of one walk; deep programs have tens
 
 
 @dataclass(frozen=True)
 class Origin:
-    """An argument of the entry computation: its path, number, and whether only a slice is read."""
+    """An argument of the entry computation; `is_sliced`: a slice chosen at run time is read."""
 
     argument: str
     number: int
@@ -57,7 +57,7 @@ class Origins:
             if value.node.opcode == "parameter" and value.computation.name == self.module.entry:
                 number = int(value.node.arguments)
                 return Origin(value.node.operation_name or f"argument {number}", number, is_sliced)
-            is_sliced |= value.node.opcode in _SLICES
+            is_sliced |= value.node.opcode == "dynamic-slice"
             value = self._back(value)
         return None
 
@@ -69,7 +69,9 @@ class Origins:
     def _back(self, value: _Value) -> _Value | None:
         """The value one step earlier that holds the same data."""
         node, path = value.node, value.path
-        if node.opcode in _PASS_THROUGH or node.opcode in _SLICES:
+        # TPU programs prefetch an argument in slices and put them together with this call.
+        is_joined = node.opcode == "custom-call" and "ConcatBitcast" in node.attributes
+        if node.opcode in _PASS_THROUGH or is_joined:
             return self._operand(value, 0, path)
         if node.opcode == "get-tuple-element":
             return self._operand(value, 0, (int(node.attribute("index") or 0), *path))

@@ -20,6 +20,7 @@ _SAME_VALUE = (
     "copy-start",
     "copy-done",
 )
+_MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 _DEPTH = 64  # of chains followed; real ones have a few steps
 
 
@@ -60,22 +61,25 @@ class TripCounts:
         compare = self._comparison(self.module.computations[loop.callees["condition"][0]], None)
         if compare is None:
             return None
-        left, right, direction = compare
-        if left.slot is None or right.slot == left.slot:
-            left, right, direction = (
-                right,
-                left,
-                {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction),
-            )
-        step = self._step(body, left.slot)
-        start = self._initial(computation, loop, left.slot, 0)
-        limit = right.offset if right.slot is None else None
-        if right.slot is not None and self._step(body, right.slot) == 0:
-            value = self._initial(computation, loop, right.slot, 0)
-            limit = None if value is None else value + right.offset
-        if step is None or start is None or limit is None or left.slot is None:
+        counter, limit, direction = compare
+        if not self._step(body, counter.slot):  # limit on the left: `n > i` is `i < n`
+            counter, limit, direction = limit, counter, _MIRRORED.get(direction, direction)
+        step = self._step(body, counter.slot)
+        start = self._initial(computation, loop, counter.slot, 0)
+        stop = self._stop(computation, loop, body, limit)
+        if not step or start is None or stop is None:
             return None
-        return _iterations(start + left.offset, limit, step, direction)
+        return _iterations(start + counter.offset, stop, step, direction)
+
+    def _stop(
+        self, computation: Computation, loop: Instruction, body: Computation, limit: Linear
+    ) -> int | None:
+        """The limit as a number: a constant, or a carried element that never changes."""
+        if limit.slot is None:
+            return limit.offset
+        start = self._initial(computation, loop, limit.slot, 0)
+        is_constant = start is not None and self._step(body, limit.slot) == 0
+        return start + limit.offset if start is not None and is_constant else None
 
     def _comparison(
         self, condition: Computation, arguments: Arguments | None

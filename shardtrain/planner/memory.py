@@ -1,0 +1,217 @@
+"""Bytes per device of a training step, class by class, in closed form.
+
+Model states follow ZeRO (arXiv:1910.02054), activations Korthikanti et al. (arXiv:2205.05198,
+Eq. 1-6); `job_memory` puts them together for any `Job`. The published formulas are functions of
+their own so that their tables can be checked to the digit.
+"""
+
+from dataclasses import dataclass, fields
+
+from shardtrain.errors import StrategyError, suggest
+from shardtrain.planner.job import Job
+
+GIB = 2**30
+
+ACTIVATIONS = ("none", "tensor", "tensor+sequence", "tensor+selective",
+               "tensor+sequence+selective", "full")  # fmt: skip
+
+
+def zero_states(params: float, shards: int, level: int, optimizer_bytes: float = 12.0) -> float:
+    """Bytes per device of 16-bit parameters and gradients and of the optimizer state.
+
+    Args:
+        params: parameters of the model.
+        shards: devices they are divided over.
+        level: 0 nothing is divided, 1 optimizer state, 2 + gradients, 3 + parameters.
+        optimizer_bytes: bytes per parameter of optimizer state; 12 is Adam in mixed precision
+            (fp32 master copy and two moments).
+
+    Example:
+        >>> zero_states(7.5e9, 64, 1) / 1e9
+        31.40625
+    """
+    divide = [1 if level < need else shards for need in (3, 2, 1)]
+    return params * (2 / divide[0] + 2 / divide[1] + optimizer_bytes / divide[2])
+
+
+def deepspeed_states(params: float, shards: int, level: int, largest_layer: float = 0.0,
+                     offload: str = "none") -> float:  # fmt: skip
+    """Bytes per GPU by DeepSpeed's memory estimators (docs/code-docs/source/memory.rst).
+
+    Args:
+        params: parameters of the model.
+        shards: GPUs.
+        level: 2 or 3.
+        largest_layer: parameters of the largest layer (level 3).
+        offload: "none", "optimizer" or "all" (parameters too; level 3).
+
+    Raises:
+        StrategyError: the level is not 2 or 3.
+    """
+    if level == 2:
+        return 2 * params if offload != "none" else 4 * params + 16 * params / shards
+    if level != 3:
+        raise StrategyError(f"DeepSpeed estimates ZeRO level 2 or 3, not {level}")
+    kept = {"none": 18 * params / shards, "optimizer": 2 * params / shards, "all": 0.0}
+    if offload not in kept:
+        raise StrategyError(f"offload {offload!r} is unknown; {suggest(offload, kept)}")
+    return 4 * largest_layer + kept[offload]
+
+
+def activation_bytes(s: int, b: float, h: int, a: int, t: int = 1, kind: str = "tensor") -> float:
+    """Activation bytes one transformer layer saves for one microbatch (Korthikanti Eq. 1-4, 6).
+
+    Args:
+        s: sequence length.
+        b: microbatch size.
+        h: hidden size.
+        a: attention heads.
+        t: tensor-parallel size.
+        kind: what is sharded and recomputed, one of `ACTIVATIONS`.
+
+    Raises:
+        StrategyError: the kind is unknown.
+
+    Example:
+        >>> activation_bytes(2048, 4, 6144, 64, 8, "tensor") / 2**20
+        1264.0
+    """
+    sbh, scores = s * b * h, 5 * a * s / h
+    forms = {
+        "none": sbh * (34 + scores),
+        "tensor": sbh * (10 + 24 / t + scores / t),
+        "tensor+sequence": sbh / t * (34 + scores),
+        "tensor+selective": sbh * (10 + 24 / t),
+        "tensor+sequence+selective": sbh / t * 34,
+        "full": sbh * 2,
+    }
+    if kind not in forms:
+        raise StrategyError(f"activation kind {kind!r} is unknown; {suggest(kind, ACTIVATIONS)}")
+    return forms[kind]
+
+
+def first_stage_bytes(s: int, b: float, h: int, a: int, layers: int, t: int = 1,
+                      kind: str = "tensor") -> float:  # fmt: skip
+    """Activation bytes of the first 1F1B stage: L layers' worth whatever p (Korthikanti Eq. 5)."""
+    return layers * activation_bytes(s, b, h, a, t, kind)
+
+
+def interleave_factor(p: int, m: int) -> float:
+    """How much more an interleaved schedule with m chunks per stage saves (Korthikanti 4.2.3)."""
+    return 1.0 if m == 1 else 1 + (p - 1) / (p * m)
+
+
+def extra_bytes(s: int, b: float, h: int, v: int, layers: int, t: int, p: int) -> float:
+    """Bytes of embedding dropout, final norm, output layer and logits (Korthikanti 4.3)."""
+    return s * b * h * layers / t * (p / layers + (4 / layers * (1 + v / h) if p == 1 else 0))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device, by class.
+
+    Attributes:
+        parameters: weights used for compute.
+        gradients: accumulated gradients.
+        optimizer: master copy and moments.
+        activations: what the backward pass reads, for all microbatches in flight.
+        logits: logits and their gradient.
+        buffers: gathered weights, working space of one block, communication.
+        runtime: driver, compiler and allocator overhead.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    runtime: float
+
+    @property
+    def total(self) -> float:
+        """All classes together."""
+        return sum(self.classes().values())
+
+    @property
+    def states(self) -> float:
+        """Parameters, gradients and optimizer state."""
+        return self.parameters + self.gradients + self.optimizer
+
+    def classes(self) -> dict[str, float]:
+        """Class name -> bytes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def in_flight(job: Job) -> float:
+    """Microbatches' worth of stage activations the first stage holds."""
+    if job.pipeline == 1:
+        return 1.0
+    if job.schedule == "gpipe":
+        return max(1.0, job.num_microbatches)
+    held = min(float(job.pipeline), max(1.0, job.num_microbatches))
+    return held * interleave_factor(job.pipeline, job.virtual_stages)
+
+
+def block_bytes(job: Job) -> float:
+    """Activation bytes of one block for one microbatch when nothing is recomputed.
+
+    Without fused attention this is Korthikanti's formula; with it the s x s scores are gone and
+    the tensors that a fused block keeps are counted one by one (16-bit).
+    """
+    m, t, tokens = job.model, job.tensor, job.tokens
+    if not job.flash and not m.experts:
+        kind = "tensor+sequence" if job.sequence_parallel else "tensor"
+        batch = job.microbatch / job.context
+        return activation_bytes(job.sequence, batch, m.d_model, m.n_heads, t, kind)
+    qk, value = m.attention_width()
+    kv = 2 * m.n_kv_heads * m.head_dim if m.latent is None else qk + value
+    attention = (qk + value + kv) / t * m.attention_count / m.layers
+    hidden = m.dense_count * m.d_ff + m.moe_count * (m.top_k * m.expert_ff + m.shared_ff)
+    routed = 2 * m.moe_count * m.top_k * (m.expert_latent or m.d_model)
+    inner = (hidden * m.mlp_matrices + routed) / m.layers / t
+    stream = 4 * m.d_model / (t if job.sequence_parallel else 1)
+    return 2 * tokens * (attention + inner + stream)
+
+
+def job_memory(job: Job) -> Memory:
+    """Bytes per device of a job, the fullest stage.
+
+    Args:
+        job: what is trained on what.
+
+    Example:
+        >>> from shardtrain.hardware import chip
+        >>> from shardtrain.planner.catalogue import get
+        >>> job = Job(get("llama3-8b"), chip("h100"), 8, 8192, fsdp=8, zero=3, remat="full")
+        >>> round(job_memory(job).states / 1e9, 2)
+        18.07
+    """
+    m = job.model
+    local, shards = job.local_params(), job.state_shards()
+    trained = 0.01 if job.frozen else 1.0
+    mixed = job.precision != "fp32"
+    shared = job.fsdp > 1
+    weights = (2.0 if mixed else 4.0) * local / (shards if shared and job.zero >= 3 else 1)
+    each = 4.0 if shared and job.zero >= 3 else job.gradient_bytes
+    gradients = each * trained * local / (shards if shared and job.zero >= 2 else 1)
+    master = 12.0 if mixed else 8.0
+    optimizer = 0.0 if job.offload else master * trained * local / shards
+    split = job.tensor if job.sequence_parallel else 1
+    boundary = 2 * job.tokens * m.d_model / split
+    block = block_bytes(job)
+    kept = {"full": boundary, "selective": 0.5 * (block + boundary)}.get(job.remat, block)
+    if job.remat == "full" and job.offload_activations:
+        kept = 0.0
+    layers = m.layers / job.pipeline
+    activations = kept * layers * in_flight(job)
+    logits = 10.0 * job.tokens * m.vocab / job.tensor
+    if job.pipeline > 1:
+        logits = max(0.0, logits - activations / 2)  # the last stage holds one microbatch only
+    buffers = block if job.remat != "none" else 0.0
+    if job.zero >= 3 and job.fsdp > 1:
+        # two blocks gathered at a time; a pipeline keeps its whole stage gathered
+        gathered = 2 * local / max(layers, 1) if job.pipeline == 1 else local
+        buffers += 4 * gathered
+    runtime = 2.0 * GIB if job.chip.kind == "gpu" else 0.3 * GIB
+    return Memory(weights, gradients, optimizer, activations, logits, buffers, runtime)

@@ -7,6 +7,7 @@ address is right and reachable, that indices are unique and counts agree, and it
 missing. Then the port is free again for the coordination service.
 """
 
+import contextlib
 import json
 import os
 import selectors
@@ -69,13 +70,14 @@ def roll_call(
         _answer(hello, coordinator, deadline, timeout)
         return
     with _listen(bind_address, coordinator) as listener:
-        server = threading.Thread(
-            target=_Register(listener, process_count, coordinator, deadline, timeout, remind).run
-        )
+        # Process 0 calls itself by the public address, like everybody else: proves that it leads
+        # here. It does so before it starts to read, so that it cannot miss an early verdict.
+        own = _connect(hello, coordinator, deadline, timeout)
+        register = _Register(listener, process_count, coordinator, deadline, timeout, remind)
+        server = threading.Thread(target=register.run)
         server.start()
         try:
-            # Through the public address, like everybody else: proves that it leads here.
-            _answer(hello, coordinator, deadline, timeout)
+            _obey(_verdict(own, timeout))
         finally:
             server.join()
 
@@ -107,30 +109,49 @@ def _listen(bind_address: str, coordinator: str) -> socket.socket:
 
 
 def _answer(hello: Hello, coordinator: str, deadline: float, timeout: float) -> None:
-    """Connect, say hello, wait for the verdict; try again while process 0 is not up."""
-    address, problem = split_address(coordinator), "no attempt"
+    """Say hello and obey the verdict; call again if process 0 goes away without one."""
+    verdict = None
+    while verdict is None:
+        connection = _connect(hello, coordinator, deadline, timeout)
+        verdict = _verdict(connection, deadline - time.monotonic())
+    _obey(verdict)
+
+
+def _connect(hello: Hello, coordinator: str, deadline: float, timeout: float) -> socket.socket:
+    """A connection on which `hello` has been said; tries until process 0 is up."""
+    address, problem = split_address(coordinator), "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection(address, timeout=max(min(left, 5.0), 0.1)) as connection:
-                connection.sendall(json.dumps({**asdict(hello), "is": _PROTOCOL}).encode() + b"\n")
-                # Process 0 gives its verdict at its own deadline: wait a little longer.
-                connection.settimeout(left + 5.0)
-                with connection.makefile("rb") as stream:
-                    verdict = json.loads(stream.readline() or b"null")
-        except (OSError, ValueError) as error:
+            connection = socket.create_connection(address, timeout=max(min(left, 5.0), 0.1))
+            connection.sendall(json.dumps({**asdict(hello), "is": _PROTOCOL}).encode() + b"\n")
+        except OSError as error:
             problem = str(error)
+            time.sleep(_RETRY_SECONDS)
         else:
-            if verdict is not None:
-                if verdict["error"]:
-                    raise DistributedError(verdict["error"])
-                return
-            problem = "process 0 closed the connection"
-        time.sleep(_RETRY_SECONDS)
+            return connection
     raise DistributedError(
         f"process {hello.process_index} on {hello.host} could not reach process 0 at the "
-        f"coordinator address {coordinator} within {timeout:.0f} s: {problem}. Common causes: "
+        f"coordinator address {coordinator} within {timeout:g} s: {problem}. Common causes: "
         "process 0 was not started; the address is of another machine or of loopback; a firewall."
     )
+
+
+def _verdict(connection: socket.socket, left: float) -> dict[str, str] | None:
+    """What process 0 decided; None if the connection broke before."""
+    # Process 0 speaks at its own deadline: wait a little longer.
+    connection.settimeout(max(left, 0.0) + 5.0)
+    try:
+        with connection, connection.makefile("rb") as stream:
+            return json.loads(stream.readline() or b"null")
+    except (OSError, ValueError):
+        return None
+
+
+def _obey(verdict: dict[str, str] | None) -> None:
+    if verdict is None:
+        raise DistributedError("process 0 lost the connection to itself while others joined")
+    if verdict["error"]:
+        raise DistributedError(verdict["error"])
 
 
 class _Register:
@@ -175,7 +196,15 @@ class _Register:
                 else:
                     error = error or self._read(selector, connection)
         selector.close()
+        self._accept_the_rest()
         self._tell(error or self._differences())
+
+    def _accept_the_rest(self) -> None:
+        """Guests whose call is waiting must hear the verdict too."""
+        self._listener.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._connections[self._listener.accept()[0]] = b""
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         connection, _ = self._listener.accept()
@@ -223,7 +252,7 @@ class _Register:
 
     def _timed_out(self) -> str:
         return (
-            self._missing(f"Timed out after {self._timeout:.0f} s")
+            self._missing(f"Timed out after {self._timeout:g} s")
             + " Common causes: the job was not started on that host, or failed there before "
             "st.init_distributed(); it resolved the coordinator to 127.0.0.1; a firewall."
         )
@@ -238,9 +267,11 @@ class _Register:
             try:
                 connection.settimeout(5.0)
                 connection.sendall(message)
-                # The guest closes first, so that no socket of ours lingers on the port.
+                # The guest closes first, so that no socket of ours lingers on the port; and what
+                # it sent is read, for closing on unread bytes would discard our message.
                 connection.shutdown(socket.SHUT_WR)
-                connection.recv(1)
+                while connection.recv(_MAX_HELLO_BYTES):
+                    pass
             except OSError:
                 pass
             connection.close()

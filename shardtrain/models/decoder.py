@@ -1,0 +1,108 @@
+"""A decoder language model: pre-norm blocks of grouped-query attention and SwiGLU."""
+
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from shardtrain.errors import ModelError
+from shardtrain.models.layers import Attention, RMSNorm, SwiGLU, named
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a `Decoder`; the default has 2.9 million parameters.
+
+    Args:
+      vocab_size: Token ids are smaller than this.
+      num_layers: Blocks.
+      embed_dim: Width of the residual stream.
+      num_heads: Query heads.
+      num_kv_heads: Key/value heads; divides `num_heads`.
+      head_dim: Width of a head, even.
+      mlp_dim: Width inside SwiGLU.
+      rope_theta: Base of the rotary position.
+
+    Raises:
+      ModelError: Heads cannot be grouped or rotated.
+    """
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    embed_dim: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    mlp_dim: int = 640
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}: "
+                "each key/value head serves a whole number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim={self.head_dim} is odd; rotary position turns pairs")
+
+
+class Block(nnx.Module):
+    """One layer: attention and SwiGLU, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.embed_dim, rngs=rngs)
+        self.attention = Attention(
+            config.embed_dim,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            rope_theta=config.rope_theta,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(config.embed_dim, rngs=rngs)
+        self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, embed]` -> `[B, T, embed]`."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nnx.Module):
+    """Tokens to logits of the next token.
+
+    Args:
+      config: Sizes.
+      rngs: Random streams.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> config = DecoderConfig(num_layers=1, embed_dim=8, head_dim=2, mlp_dim=16)
+      >>> Decoder(config, rngs=nnx.Rngs(0))(jnp.zeros((2, 5), jnp.int32)).shape
+      (2, 5, 256)
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        width, vocab = config.embed_dim, config.vocab_size
+        self.embedding = nnx.Embed(
+            vocab,
+            width,
+            embedding_init=named(nnx.initializers.normal(1.0), "embed_vocab", "embed"),
+            rngs=rngs,
+        )
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(width, rngs=rngs)
+        self.unembedding = nnx.Linear(
+            width,
+            vocab,
+            use_bias=False,
+            kernel_init=named(nnx.initializers.normal(0.02), "embed", "vocab"),
+            rngs=rngs,
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int `[B, T]` -> logits `[B, T, vocab]`."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.unembedding(self.norm(x))

@@ -1,0 +1,159 @@
+"""Layers of the zoo in plain Flax NNX: norm, rotary position, grouped-query attention, SwiGLU.
+
+Design: nothing here knows shardtrain. Each kernel names its dims with `nnx.with_partitioning`, the
+annotation any Flax author can write; a `Strategy` decides which of these names are split. Shapes:
+`B` rows, `T` positions, `K` key/value heads, `G` query heads per key/value head, `H` head dim.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def named(init: nnx.Initializer, *names: str | None) -> Any:
+    """An initializer whose array carries logical axis names, one per dim."""
+    # eager_sharding=False: names are for the plan to read; without it Flax demands a mesh at once.
+    return nnx.with_partitioning(init, names, eager_sharding=False)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale`, statistics in float32 (Zhang and Sennrich 2019).
+
+    Args:
+      dim: Size of the last dim.
+      epsilon: Added to the mean square.
+      rngs: Unused; there for the Flax convention.
+    """
+
+    def __init__(self, dim: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs):
+        self.scale = nnx.Param(named(nnx.initializers.ones, "embed")(rngs.params(), (dim,)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., dim]` -> the same shape and dtype."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+def rotary(x: jax.Array, theta: float = 10_000.0) -> jax.Array:
+    """Rotate pairs of features by an angle that grows with the position (Su et al. 2021).
+
+    Args:
+      x: `[B, T, ..., H]`, H even; positions are 0 to T - 1.
+      theta: Base of the wavelengths.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
+    angle = angle.reshape(1, x.shape[1], *(1,) * (x.ndim - 3), half)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:
+    """Dot-product attention; each key/value head serves G query heads (Ainslie et al. 2023).
+
+    Args:
+      query: `[B, T, K, G, H]`.
+      key: `[B, S, K, H]`.
+      value: `[B, S, K, H]`.
+      causal: Position t sees positions 0 to t.
+
+    Returns:
+      `[B, T, K, G, H]` in the dtype of `value`; the softmax is float32.
+    """
+    scores = jnp.einsum("btkgh,bskh->bkgts", query, key).astype(jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    if causal:
+        seen = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
+        scores = jnp.where(seen, scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value)
+
+
+class Attention(nnx.Module):
+    """Self-attention with grouped key/value heads.
+
+    Args:
+      dim: Width of the residual stream.
+      num_heads: Query heads.
+      num_kv_heads: Key/value heads; divides `num_heads`.
+      head_dim: Width of a head.
+      causal: Positions see only what is before them.
+      rope_theta: Base of the rotary position; None: no position here.
+      rngs: Random streams.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        causal: bool = True,
+        rope_theta: float | None = 10_000.0,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.lecun_normal()
+
+        def project(heads: int, name: str) -> nnx.LinearGeneral:
+            kernel_init = named(init, "embed", name, "head_dim")
+            shape = (heads, head_dim)
+            return nnx.LinearGeneral(dim, shape, use_bias=False, kernel_init=kernel_init, rngs=rngs)
+
+        self.query = project(num_heads, "heads")
+        self.key = project(num_kv_heads, "kv_heads")
+        self.value = project(num_kv_heads, "kv_heads")
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim),
+            dim,
+            axis=(-2, -1),
+            use_bias=False,
+            kernel_init=named(init, "heads", "head_dim", "embed"),
+            rngs=rngs,
+        )
+        self.group = num_heads // num_kv_heads
+        self.causal = causal
+        self.rope_theta = rope_theta
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, dim]` -> `[B, T, dim]`."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.rope_theta is not None:
+            query, key = rotary(query, self.rope_theta), rotary(key, self.rope_theta)
+        rows, length, heads, head_dim = query.shape
+        grouped = query.reshape(rows, length, heads // self.group, self.group, head_dim)
+        mixed = attend(grouped, key, value, self.causal)
+        return self.out(mixed.reshape(rows, length, heads, head_dim))
+
+
+class SwiGLU(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020).
+
+    Args:
+      dim: Width of the residual stream.
+      hidden_dim: Width inside.
+      rngs: Random streams.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+
+        def linear(inputs: int, outputs: int, *names: str) -> nnx.Linear:
+            kernel_init = named(init, *names)
+            return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=kernel_init, rngs=rngs)
+
+        self.gate = linear(dim, hidden_dim, "embed", "mlp")
+        self.up = linear(dim, hidden_dim, "embed", "mlp")
+        self.down = linear(hidden_dim, dim, "mlp", "embed")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., dim]` -> `[..., dim]`."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

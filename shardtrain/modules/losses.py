@@ -102,13 +102,16 @@ class LossOutput:
     metrics: dict[str, Mean]
 
 
-def standardize(returned: Any, num_parts: int, equal_parts: bool) -> tuple[LossOutput, Any]:
+def standardize(
+    returned: Any, num_parts: int, equal_parts: bool, scalar_weight: float = 1.0
+) -> tuple[LossOutput, Any]:
     """Bring what a loss function returned into one form.
 
     Args:
       returned: `Mean` or scalar, or `(either, metrics dict)`, or `(either, Aux)`.
       num_parts: Into how many microbatches the plan splits each batch.
       equal_parts: The user states that all of them weigh the same.
+      scalar_weight: Weight of a bare scalar: the number of rows it is a mean over, in evaluation.
 
     Returns:
       The sums, and the new variables of an `Aux` (None otherwise).
@@ -126,15 +129,18 @@ def standardize(returned: Any, num_parts: int, equal_parts: bool) -> tuple[LossO
             "with metrics a dict of name -> st.Mean or scalar"
         )
     refuse_scalars = num_parts > 1 and not equal_parts
-    metrics = {k: _as_mean(f"metric {k!r}", v, num_parts, refuse_scalars) for k, v in extra.items()}
-    return LossOutput(_as_mean("loss_fn", loss, num_parts, refuse_scalars), metrics), variables
+    mean = lambda what, value: _as_mean(what, value, num_parts, refuse_scalars, scalar_weight)
+    metrics = {name: mean(f"metric {name!r}", value) for name, value in extra.items()}
+    return LossOutput(mean("loss_fn", loss), metrics), variables
 
 
-def _as_mean(what: str, value: Any, num_parts: int, refuse_scalars: bool) -> Mean:
+def _as_mean(
+    what: str, value: Any, num_parts: int, refuse_scalars: bool, scalar_weight: float
+) -> Mean:
     if isinstance(value, Mean):
         total, weight = value.total, value.weight
     else:
-        total, weight = value, 1.0
+        total, weight = value, scalar_weight
         if not hasattr(total, "shape") and not isinstance(total, int | float):
             raise LossContractError(
                 f"{what} returned {type(value).__name__}; return st.Mean(total, weight), a scalar, "
@@ -158,4 +164,7 @@ def _as_mean(what: str, value: Any, num_parts: int, refuse_scalars: bool) -> Mea
             "the same weight"
         )
     weight = jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
-    return Mean(jnp.asarray(total, jnp.float32), weight)
+    total = jnp.asarray(total, jnp.float32)
+    if not isinstance(value, Mean) and scalar_weight != 1.0:
+        total = total * scalar_weight
+    return Mean(total, weight)

@@ -16,11 +16,11 @@ from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
-from shardtrain.plan.placement import check_batch, place_tree
+from shardtrain.plan.placement import check_batch, is_placed, place_tree
 from shardtrain.plan.views import PlanViews
 from shardtrain.pytree import leaves_by_path
 from shardtrain.strategy import Strategy
-from shardtrain.train import TrainState, make_eval, make_step
+from shardtrain.train import TrainState, make_eval, make_step, over_rows
 
 
 class Plan(PlanViews):
@@ -60,8 +60,10 @@ class Plan(PlanViews):
         self.findings = findings + _gradient_findings(self.gradients, strategy)
         self._jitted_step = self._make_step()
         self._jitted_eval = self._make_eval()
+        self._jitted_eval_rows = self._make_eval_rows()
         self._jitted_calls: dict[Any, Any] = {}
         self._checked = False
+        self._rng: tuple[Any, Any] = (None, None)
         self._executable: jax.stages.Compiled | None = None
 
     @property
@@ -128,11 +130,13 @@ class Plan(PlanViews):
         self._need_devices("step")
         self._check_alive(state)
         placed = self.place(batch)
-        out = self._jitted_step(state, placed)
+        rng = state.rng
+        new_state, metrics = self._jitted_step(state.replace(rng=None), self._raw(rng), placed)
+        new_state = new_state.replace(rng=rng)
         if not self._checked:
-            self._check_shardings(out[0])
+            self._check_shardings(new_state)
             self._checked = True
-        return out
+        return new_state, metrics
 
     def eval_step(self, state: TrainState, batch: Any) -> dict[str, jax.Array]:
         """Loss and metrics of one batch without an update.
@@ -146,11 +150,20 @@ class Plan(PlanViews):
         values = {name: mean.value for name, mean in means.items()}
         return {**values, "weight": means["loss"].weight}
 
-    def eval_means(self, state: TrainState, batch: Any) -> dict[str, Any]:
-        """Like `eval_step`, as `st.Mean`s that add up over batches."""
+    def eval_means(self, state: TrainState, batch: Any, rows: Any = None) -> dict[str, Any]:
+        """Like `eval_step`, as `st.Mean`s that add up over batches.
+
+        Args:
+          state: The trained state; not donated.
+          batch: One global batch.
+          rows: `[batch]` of 0 and 1: which rows count; None: all. Rows are then evaluated one by
+            one, which is the same for every model whose evaluation does not mix examples.
+        """
         self._need_devices("eval_step")
         self._check_alive(state)
-        return self._jitted_eval(state, self.place(batch))
+        if rows is None or bool(jnp.all(jnp.asarray(rows) == 1)):
+            return self._jitted_eval(state, self.place(batch))
+        return self._jitted_eval_rows(state, self.place(batch), jnp.asarray(rows, jnp.float32))
 
     def call(self, state: TrainState, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(model, *args)` on the trained model, sharded: predict, sample, embed.
@@ -181,6 +194,8 @@ class Plan(PlanViews):
         Raises:
           BatchError: A leaf differs from the plan; says which and how.
         """
+        if is_placed(batch, self.layout.batch):
+            return batch
         check_batch(batch, self.layout.batch)
         return place_tree(batch, self.layout.batch)
 
@@ -210,16 +225,34 @@ class Plan(PlanViews):
             layout.constrain(layout.update_specs),
         )
 
-        def step(state: TrainState, batch: Any) -> Any:
+        def step(state: TrainState, rng: jax.Array, batch: Any) -> Any:
             self.trace_counts["step"] += 1
-            return body(state, batch)
+            rng = jax.random.wrap_key_data(rng)
+            new_state, metrics = body(state.replace(rng=rng), batch)
+            return new_state.replace(rng=None), metrics
 
+        shardings = layout.state_shardings.replace(rng=None)
         return jax.jit(
             step,
-            in_shardings=(layout.state_shardings, layout.batch_shardings),
-            out_shardings=(layout.state_shardings, self._replicated()),
+            in_shardings=(shardings, self._replicated(), layout.batch_shardings),
+            out_shardings=(shardings, self._replicated()),
             donate_argnums=(0,) if self.donate else (),
         )
+
+    def _raw(self, rng: jax.Array) -> jax.Array:
+        """The run's key as plain integers: a typed key costs Python time at every dispatch.
+
+        The key never changes, so it is converted once.
+        """
+        if rng is not self._rng[0]:
+            self._rng = (rng, jax.device_put(jax.random.key_data(rng), self._replicated()))
+        return self._rng[1]
+
+    def _lower_step(self) -> jax.stages.Lowered:
+        state, batch = self.layout.state, self.layout.batch
+        data = jax.eval_shape(jax.random.key_data, state.rng)
+        data = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=self._replicated())
+        return self._jitted_step.lower(state.replace(rng=None), data, batch)
 
     def _make_eval(self) -> Any:
         layout = self.layout
@@ -235,6 +268,25 @@ class Plan(PlanViews):
             in_shardings=(layout.state_shardings, layout.batch_shardings),
             out_shardings=self._replicated(),
         )
+
+    def _make_eval_rows(self) -> Any:
+        layout = self.layout
+        loss = make_loss(
+            self.form,
+            self.eval_loss,
+            self.strategy,
+            layout.mesh,
+            train=False,
+            local_axes=layout.batch_axes,
+        )
+        body = over_rows(make_eval(loss), layout.batch_axes)
+
+        def evaluate(state: TrainState, batch: Any, rows: jax.Array) -> Any:
+            self.trace_counts["eval_rows"] += 1
+            return body(state, batch, rows)
+
+        shardings = (layout.state_shardings, layout.batch_shardings, None)
+        return jax.jit(evaluate, in_shardings=shardings, out_shardings=self._replicated())
 
     def _calling(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def called(params: Any, variables: Any, rng: jax.Array, args: Any) -> Any:
@@ -323,10 +375,6 @@ class Plan(PlanViews):
             "strategy": str(self.strategy),
             "mesh": {k: v for k, v in self.layout.sizes.items() if v > 1},
             "num_devices": self.mesh.size,
-            "parameters": {
-                p: f"{leaf.dtype}{list(leaf.shape)}"
-                for p, leaf in leaves_by_path(self.layout.state.params).items()
-            },
         }
 
 

@@ -100,7 +100,9 @@ def make_loss(
         run = lambda model, batch: fn(model, batch, key, train)
         with _mesh_context(mesh), nn.logical_axis_rules(rules):
             returned, new = form.apply(run, params, variables, key, train, (batch,), calls)
-        output, aux = standardize(returned, num_parts, strategy.equal_microbatches)
+        # A scalar is a mean over this batch's rows: evaluation adds batches of several sizes.
+        weight = 1.0 if train else float(_rows(batch))
+        output, aux = standardize(returned, num_parts, strategy.equal_microbatches, weight)
         return output, (new if aux is None else aux)
 
     if strategy.remat != "none" and not form.blocks and train:
@@ -116,6 +118,10 @@ def axis_rules(
     merged = {**CONVENTIONAL, **{a: (a,) for a in AXES}, **named}
     left = {k: tuple(a for a in v if a not in without) for k, v in merged.items()}
     return tuple((k, v or None) for k, v in left.items())
+
+
+def _rows(batch: Any) -> int:
+    return next((x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), 1)
 
 
 def _mesh_context(mesh: Any) -> Any:

@@ -9,6 +9,21 @@ from shardtrain.errors import BatchError
 from shardtrain.pytree import dtype_of, path_string
 
 
+def is_placed(batch: Any, planned: Any) -> bool:
+    """Whether every leaf already is what the plan wants: the path of every step but the first."""
+    leaves, tree = jax.tree.flatten(batch)
+    wanted, wanted_tree = jax.tree.flatten(planned)
+    if tree != wanted_tree:
+        return False
+    return all(
+        isinstance(leaf, jax.Array)
+        and leaf.sharding == want.sharding
+        and leaf.shape == want.shape
+        and leaf.dtype == want.dtype
+        for leaf, want in zip(leaves, wanted, strict=True)
+    )
+
+
 def check_batch(batch: Any, planned: Any) -> None:
     """Every leaf has the planned shape and dtype.
 

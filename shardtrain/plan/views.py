@@ -98,8 +98,7 @@ class PlanViews:
     def _compiled_step(self: "Plan") -> jax.stages.Compiled:
         if self._executable is None:
             self._need_devices("collectives")
-            lowered = self._jitted_step.lower(self.layout.state, self.layout.batch)
-            self._executable = lowered.compile()
+            self._executable = self._lower_step().compile()
         return self._executable
 
     def _sharded_like(self: "Plan", specs: Any) -> Any:

@@ -12,7 +12,7 @@ from shardtrain.train.gradients import (
     value_and_grad,
 )
 from shardtrain.train.state import TrainState
-from shardtrain.train.step import RESERVED_METRICS, Step, clip, make_eval, make_step
+from shardtrain.train.step import RESERVED_METRICS, Step, clip, make_eval, make_step, over_rows
 
 __all__ = [
     "RESERVED_METRICS",
@@ -26,6 +26,7 @@ __all__ = [
     "make_eval",
     "make_step",
     "over_microbatches",
+    "over_rows",
     "per_replica",
     "split_batch",
     "sum_replicas",

@@ -102,3 +102,25 @@ def make_eval(loss_fn: LossFn) -> Callable[[TrainState, Any], dict[str, Any]]:
         return {**output.metrics, "loss": output.loss}
 
     return evaluate
+
+
+def over_rows(evaluate: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+    """Evaluate each row as a batch of its own, and add up those that count.
+
+    Args:
+      evaluate: From `make_eval`.
+      axes: Mesh axes that shard the batch dim.
+
+    Returns:
+      `(state, batch, rows[batch]) -> ` name -> `Mean` over rows with weight 1.
+    """
+
+    def by_row(state: TrainState, batch: Any, rows: jax.Array) -> dict[str, Any]:
+        def one(row: Any) -> Any:
+            return evaluate(state, jax.tree.map(lambda x: x[None], row))
+
+        means = jax.vmap(one, spmd_axis_name=axes or None)(batch)
+        # `where`, not a product: a padding row may hold anything, and 0 * nan is nan.
+        return jax.tree.map(lambda x: jnp.sum(jnp.where(rows > 0, x * rows, 0.0)), means)
+
+    return by_row

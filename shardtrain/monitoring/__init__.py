@@ -4,6 +4,9 @@ from shardtrain.monitoring.agreement import check_agreement as check_agreement
 from shardtrain.monitoring.agreement import disagreements as disagreements
 from shardtrain.monitoring.agreement import exchange_facts as exchange_facts
 from shardtrain.monitoring.agreement import fingerprint as fingerprint
+from shardtrain.monitoring.goodput import best_interval as best_interval
+from shardtrain.monitoring.goodput import expected_goodput as expected_goodput
+from shardtrain.monitoring.goodput import goodput_report as goodput_report
 from shardtrain.monitoring.hang import DEFAULT_HANG_TIMEOUTS as DEFAULT_HANG_TIMEOUTS
 from shardtrain.monitoring.hang import Hang as Hang
 from shardtrain.monitoring.hang import ProcessStatus as ProcessStatus

@@ -1,6 +1,20 @@
 """Checkpoints: committed, verified, mesh-free steps on disk."""
 
 from shardtrain.checkpoint.checkpointer import Checkpointer, CheckpointPlan
+from shardtrain.checkpoint.divergence import Divergence, replica_divergence
+from shardtrain.checkpoint.export import export
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
+from shardtrain.checkpoint.portable import Inspection, inspect, restore
 
-__all__ = ["CheckpointPlan", "Checkpointer", "as_text", "fingerprint"]
+__all__ = [
+    "CheckpointPlan",
+    "Checkpointer",
+    "Divergence",
+    "Inspection",
+    "as_text",
+    "export",
+    "fingerprint",
+    "inspect",
+    "replica_divergence",
+    "restore",
+]

@@ -25,6 +25,7 @@ import numpy as np
 
 from shardtrain.checkpoint import agreement, leaves, manifest, steps, store
 from shardtrain.checkpoint.compare import require_same
+from shardtrain.checkpoint.describe import describe_mesh, human_bytes, mesh_of, reason
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
 from shardtrain.errors import CheckpointError
 
@@ -190,7 +191,7 @@ class Checkpointer:
         self._wait_for_parts(path, header.num_parts)
         size, hidden = manifest.total_bytes(path), time.monotonic() - started
         self._report(
-            f"checkpoint {header.step} committed ({_bytes(size)}, {copied:.2f} s to copy, "
+            f"checkpoint {header.step} committed ({human_bytes(size)}, {copied:.2f} s to copy, "
             f"{hidden:.1f} s in the background)"
         )
         steps.retain(self.directory, self._max_to_keep)
@@ -247,7 +248,7 @@ class Checkpointer:
         failures, self._failures = self._failures, []
         step, error = failures[0]
         raise CheckpointError(
-            f"saving step {step} to {self.directory} failed: {_reason(error)}. {consequence}"
+            f"saving step {step} to {self.directory} failed: {reason(error)}. {consequence}"
         ) from error
 
     def close(self, together: bool = True) -> None:
@@ -399,38 +400,6 @@ def _changed(restored: list[Any], wanted: Mapping[str, Any], header: manifest.He
         for name, saved in header.fingerprints.items()
         if now[name] != saved
     ]
-
-
-def mesh_of(abstract: Any) -> dict[str, Any]:
-    """Axis sizes, devices and processes of the mesh that a tree lies on."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(abstract))
-    named = [s for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
-    axes = dict(named[0].mesh.shape) if named else {}
-    devices = int(np.prod(list(axes.values()), dtype=np.int64)) if axes else 1
-    return {"axes": axes, "devices": devices, "processes": jax.process_count()}
-
-
-def describe_mesh(mesh: Mapping[str, Any]) -> str:
-    """`data=2,tensor=4 (8 devices)`."""
-    axes = ",".join(f"{axis}={size}" for axis, size in mesh["axes"].items() if size > 1)
-    devices = mesh["devices"]
-    counted = f"{devices} device{'s' if devices > 1 else ''}"
-    return f"{axes} ({counted})" if axes else counted
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error)
-    if "No space left" in text or "File too large" in text:
-        return f"the disk is full or a size limit was reached ({text[:200]})"
-    return f"{type(error).__name__}: {text[:500]}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} PB"
 
 
 def _wait_at_exit(reference: "weakref.ref[Checkpointer]") -> Callable[[], None]:

@@ -84,6 +84,11 @@ def _component(entry: Any) -> str:
     raise CheckpointError(f"cannot name the tree path entry {entry!r}.")
 
 
+def unescape(component: str) -> str:
+    """A path component of a name as the user wrote it."""
+    return component.replace("%2F", "/").replace("%25", "%")
+
+
 def storage_key(name: str) -> str:
     """The array's key on disk: dots are encoded too, for Orbax joins nested names with them."""
     return name.replace(".", "%2E")

@@ -1,0 +1,195 @@
+"""Readable names for classes of dims, from what the program does with them."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from shardtrain.partitioning.infer.dim_graph import Contraction, DimGraph, Dims
+
+Leaf = tuple[str, Any, Dims]  # path, abstract array, dims
+
+
+class Namer:
+    """Gives every class at most one name; the first reason found wins."""
+
+    def __init__(self, graph: DimGraph, params: Sequence[Leaf], inputs: Sequence[Leaf]) -> None:
+        self.graph, self.params, self.inputs = graph, params, inputs
+        self.names: dict[int, str] = {}
+        self.roots = graph.atoms.roots
+        self.in_params = Counter(r for _, _, dims in params for d in dims for r in self.roots(d))
+
+    def run(self) -> dict[int, str]:
+        """Class → name, for all classes of parameters and inputs."""
+        for path, array, dims in self.inputs:
+            self._input(path, array, dims)
+        for dim in self.graph.scanned:
+            self._name((r for r in self.roots(dim) if self.in_params[r]), "layers")
+        self._looked_up_tables()
+        for c in self.graph.contractions:
+            self._attention(c)
+        self._grouped_queries()
+        self._embed()
+        self._experts()
+        self._hidden()
+        self._outputs()
+        self._convolutions()
+        self._fused()
+        self._distinct()
+        return self.names
+
+    def _name(self, roots: Iterable[int], name: str) -> None:
+        for r in roots:
+            self.names.setdefault(r, name)
+
+    def _input(self, path: str, array: Any, dims: Dims) -> None:
+        if not dims:
+            return
+        kind = getattr(array.dtype, "kind", "V")
+        middle = {3: ("sequence",), 4: ("height", "width"), 5: ("frames", "height", "width")}
+        names = ["batch", *middle.get(len(dims), ()), "channels" if len(dims) > 3 else "features"]
+        if kind in "iub":
+            names = ["batch", "sequence", "sequence", "sequence"]
+        for dim, name in zip(dims, names, strict=False):
+            self._name(self.roots(dim)[:1], name)
+        del path
+
+    def _looked_up_tables(self) -> None:
+        for dim, of_data, by_data in self.graph.indexed:
+            found = [r for r in self.roots(dim) if self.in_params[r]]
+            if not of_data:
+                self._name(found, "vocab" if by_data else "position")
+
+    def _attention(self, c: Contraction) -> None:
+        """Query-key and weight-value products: both operands are data, the batch is shared."""
+        shared = self.roots(c.batch)
+        if not (c.lhs_data and c.rhs_data) or not any(self._is(r, "batch") for r in shared):
+            return
+        contracted = self.roots(c.contracted)
+        free = (*self.roots(c.lhs_free), *self.roots(c.rhs_free))
+        self._name((r for r in shared if self.in_params[r]), "heads")
+        self._name((r for r in contracted if not self.in_params[r]), "sequence")
+        self._name((r for r in free if not self.in_params[r]), "sequence")
+        if any(self._is(r, "heads") for r in shared):
+            rest = (r for r in (*contracted, *free) if self.in_params[r])
+            self._name((r for r in rest if not self._minor_of_heads(r)), "head_dim")
+
+    def _is(self, root: int, name: str) -> bool:
+        return self.names.get(root) == name
+
+    def _pairs(self) -> Iterable[tuple[int, int]]:
+        """Neighbouring atoms inside one dim of a parameter."""
+        for _, _, dims in self.params:
+            for dim in dims:
+                roots = self.roots(dim)
+                yield from pairwise(roots)
+
+    def _minor_of_heads(self, root: int) -> bool:
+        """A factor right after the kv heads and before another factor: queries per kv head."""
+        for _, _, dims in self.params:
+            for roots in map(self.roots, dims):
+                for i in range(1, len(roots) - 1):
+                    if roots[i] == root and self._is(roots[i - 1], "heads"):
+                        return True
+        return False
+
+    def _grouped_queries(self) -> None:
+        for major, minor in self._pairs():
+            both = self._is(major, "heads") and self.names.get(minor, "heads") == "heads"
+            if both and self._minor_of_heads(minor):
+                self.names[major], self.names[minor] = "kv_heads", "q_per_kv"
+
+    def _experts(self) -> None:
+        for dim in self.graph.grouped:
+            self._name(self.roots(dim), "expert")
+        leading, last, first = set(), set(), set()
+        for _, array, dims in self.params:
+            where = [self.roots(d) for d in dims]
+            if where and self._is((where[0] or (-1,))[0], "layers"):
+                where = where[1:]
+            if len(where) == 3 and array.ndim >= 3:
+                leading.update(where[0][:1])
+            if len(where) == 2:
+                first.update(where[0][:1])
+                last.update(where[1][:1])
+        self._name((leading & last) - first, "expert")  # produced by a router, leads its matrices
+        for c in self.graph.contractions:
+            if c.lhs_data != c.rhs_data:
+                self._name((r for r in self.roots(c.batch) if self.in_params[r]), "expert")
+
+    def _embed(self) -> None:
+        """The residual stream: the class most parameters touch, and the rows of the vocabulary."""
+        for _, _, dims in self.params:
+            where = [self.roots(d) for d in dims]
+            if len(where) == 2 and where[0] and self._is(where[0][0], "vocab"):
+                self._name(where[1], "embed")
+        added = {r for dim in self.graph.residual for r in self.roots(dim)[:1]}
+        found = [(self.in_params[r], r) for r in added if self.in_params[r] and r not in self.names]
+        if found and "embed" not in self.names.values():
+            self._name([max(found)[1]], "embed")
+
+    def _weights(self) -> tuple[Counter, Counter]:
+        """How often each class is contracted with, and produced by, a weight in a dot."""
+        taken, made = Counter(), Counter()
+        for c in self.graph.contractions:
+            if c.weight and c.kind != "conv":
+                taken.update(self.roots(c.weight[0]))
+                made.update(self.roots(c.weight[1]))
+        return taken, made
+
+    def _hidden(self) -> None:
+        taken, made = self._weights()
+        self._name((r for r in made if taken[r] and self.in_params[r]), "mlp")
+
+    def _outputs(self) -> None:
+        vocab = {self.graph.atoms.size[r] for r, n in self.names.items() if n == "vocab"}
+        for dim, of_data, _ in self.graph.indexed:
+            for r in self.roots(dim):
+                if of_data and self.in_params[r] and self.names.get(r) in (None, "mlp"):
+                    same = self.graph.atoms.size[r] in vocab
+                    self.names[r] = "vocab" if same else "classes"
+
+    def _convolutions(self) -> None:
+        taken = {r for c in self.graph.contractions for r in self.roots(c.contracted)}
+        for c in self.graph.contractions:
+            if c.kind == "conv" and c.lhs_data != c.rhs_data:
+                free = self.roots(c.rhs_free)
+                self._name((r for r in free if r in taken and self.in_params[r]), "channels")
+                self._name((r for r in free if self.in_params[r]), "conv_out")
+                self._name((r for r in self.roots(c.contracted) if self.in_params[r]), "conv_in")
+        for _, array, dims in self.params:
+            if array.ndim > 3 and any(self.names.get(r, "") for d in dims for r in self.roots(d)):
+                blocked = (self.roots(d) for d in dims[:-2])
+                self._name((r for roots in blocked for r in roots), "window")
+
+    def _fused(self) -> None:
+        """A dim that is cut into (or glued from) named dims."""
+        ends: dict[int, list[str]] = {}
+        for link in self.graph.links:
+            whole, part = self.roots(link.whole)[0], self.roots(link.part)[0]
+            if part in self.names:
+                ends.setdefault(whole, []).append(self.names[part])
+            if whole in self.names:
+                ends.setdefault(part, []).append(self.names[whole])
+        for root, names in ends.items():
+            common, _ = Counter(n.removeprefix("fused_") for n in names).most_common(1)[0]
+            plain = common in ("sequence", "batch", "embed", "head_dim", "vocab")
+            name = common if plain else f"fused_{common}"
+            if self.in_params[root] or plain:
+                self._name([root], name)
+
+    def _distinct(self) -> None:
+        """Two classes of one array never share a name; nameless ones are numbered."""
+        number = 0
+        for _, _, dims in (*self.params, *self.inputs):
+            for r in (r for d in dims for r in self.roots(d)):
+                if r not in self.names:
+                    self.names[r] = f"axis{number}"
+                    number += 1
+        for _, _, dims in self.params:
+            seen: dict[str, int] = {}
+            for r in dict.fromkeys(r for d in dims for r in self.roots(d)):
+                base, count = self.names[r].split("__")[0], 2
+                while seen.setdefault(self.names[r], r) != r:
+                    self.names[r] = f"{base}_{count}"
+                    count += 1

@@ -2,8 +2,8 @@
 
 `data/hlo/tpu_*.txt` and `gpu_*.txt` are real: compiled without hardware by libtpu 0.0.42.1 for
 v5e:2x4 and by jax 0.10.2's CUDA plugin for one H100 host, then freed of backend configs, layouts
-and metadata that are not read. `*_megatron_fsdp`: four layers of a residual MLP, width 1024 to 4096, batch 4096,
-bfloat16, fsdp=4 x tensor=2.
+and metadata that are not read. `*_megatron_fsdp`: four layers of a residual MLP, width 1024 to
+4096, batch 4096, bfloat16, fsdp=4 x tensor=2.
 """
 
 from pathlib import Path

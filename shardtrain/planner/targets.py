@@ -100,6 +100,12 @@ def _gpu_devices(asked: Hardware) -> list[Any]:
     return list(found.devices)
 
 
+def compiler_for(asked: Hardware) -> tuple[str, str]:
+    """`(platform, reason)`: what would compile for this hardware, and why it is not its own."""
+    reason = _missing(asked)
+    return ("cpu", reason) if reason else (asked.chip.kind, "")
+
+
 def _missing(asked: Hardware) -> str:
     """Why the real compiler cannot be used here; "" when it seems to be installed."""
     kind = asked.chip.kind
@@ -145,7 +151,7 @@ def target_devices(spec: str | Hardware) -> Target:
         return Target(
             asked, devices, "cpu", False, f"compiled for {asked.device_count} CPU devices"
         )
-    reason = _missing(asked)
+    _, reason = compiler_for(asked)
     if reason:
         return _proxy(asked, reason)
     make = _tpu_devices if asked.chip.kind == "tpu" else _gpu_devices

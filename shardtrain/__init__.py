@@ -20,11 +20,19 @@ _EXPORTS = {
     "TrainState": "train",
     "hardware": "hardware",
     "DataLoader": "data",
+    "Checkpointer": "checkpoint",
+    "fit": "fit",
+    "FitResult": "fit",
+    "evaluate": "fit",
+    "Callback": "monitoring.callbacks",
+    "verify": "verify",
+    "VerifyReport": "verify",
+    "init_distributed": "launch",
 }
 """Public name -> the module that defines it."""
 
 __version__ = "0.1.0"
-__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
+__all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from shardtrain.data import DataLoader

@@ -110,9 +110,7 @@ def fit(
     if path is not None and is_main:
         listeners.append(MetricsLog(path / "metrics.jsonl"))
     first = int(state.step)
-    run = RunInfo(
-        plan, first, num_steps, path, loader.global_batch_size, _tokens(plan), is_main
-    )
+    run = RunInfo(plan, first, num_steps, path, loader.global_batch_size, _tokens(plan), is_main)
     _tell(listeners, "on_start", run)
     if resumed and is_main and progress:
         print(resumed)

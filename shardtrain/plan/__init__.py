@@ -7,7 +7,8 @@ import jax
 import optax
 
 from shardtrain.errors import StrategyError
-from shardtrain.hardware import Hardware, hardware as find_hardware
+from shardtrain.hardware import Hardware
+from shardtrain.hardware import hardware as find_hardware
 from shardtrain.mesh import abstract_mesh, build_mesh
 from shardtrain.modules import model_form
 from shardtrain.plan.core import Plan
@@ -74,6 +75,13 @@ def plan(
     example = lambda model, batch: loss(model, batch, jax.random.key(0), True)
     form = model_form(model, example, shapes)
     layout = make_layout(form, optimizer, shapes, strategy, mesh)
+
+    def again(**changes: Any) -> Plan:
+        """The same model, loss, optimizer and batch under another strategy or on other devices."""
+        given: dict[str, Any] = {"strategy": strategy, "hardware": hardware, "devices": devices}
+        given |= {"eval_fn": eval_fn, "donate": donate} | changes
+        return plan(model, loss_fn, optimizer, batch, **given)
+
     return Plan(
         form=form,
         loss=loss,
@@ -82,7 +90,14 @@ def plan(
         strategy=strategy,
         layout=layout,
         donate=donate,
+        again=again,
+        example=None if _is_abstract(batch) else batch,
+        hardware=None if hardware is None else str(hardware),
     )
+
+
+def _is_abstract(batch: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batch))
 
 
 def _mesh(strategy: Strategy, hardware: Hardware | str | None, devices: Any) -> Any:

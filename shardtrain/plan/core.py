@@ -16,8 +16,9 @@ from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
-from shardtrain.plan.placement import check_batch, is_placed, place_tree
+from shardtrain.plan.placement import check_batch, is_placed, own, place_tree
 from shardtrain.plan.views import PlanViews
+from shardtrain.planner.compiled import Compiled
 from shardtrain.pytree import leaves_by_path
 from shardtrain.strategy import Strategy
 from shardtrain.train import TrainState, make_eval, make_step, over_rows
@@ -45,6 +46,9 @@ class Plan(PlanViews):
         strategy: Strategy,
         layout: Layout,
         donate: bool,
+        again: Callable[..., "Plan"],
+        example: Any = None,
+        hardware: str | None = None,
         findings: tuple[str, ...] = (),
     ):
         self.form = form
@@ -54,6 +58,9 @@ class Plan(PlanViews):
         self.loss = loss
         self.eval_loss = eval_loss
         self.donate = donate
+        self.again = again
+        self.example = example
+        self.hardware = hardware
         self.trace_counts: collections.Counter[str] = collections.Counter()
         self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
         self.gradients = self._gradients()
@@ -64,7 +71,7 @@ class Plan(PlanViews):
         self._jitted_calls: dict[Any, Any] = {}
         self._checked = False
         self._rng: tuple[Any, Any] = (None, None)
-        self._executable: jax.stages.Compiled | None = None
+        self._compiled: dict[str | None, Compiled] = {}
 
     @property
     def mesh(self) -> Any:
@@ -98,12 +105,10 @@ class Plan(PlanViews):
             )
             params, others = make(jax.random.key(seed))
         else:
-            # `may_alias=False`: the step donates its state, the user keeps their model.
-            put = lambda x, s: jax.device_put(x, s, may_alias=False)
-            params = jax.tree.map(put, given[0], shardings.params)
-            others = jax.tree.map(put, given[1], shardings.variables)
+            params = jax.tree.map(own, given[0], shardings.params)
+            others = jax.tree.map(own, given[1], shardings.variables)
         make_opt = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
-        zero = lambda s: jax.device_put(jnp.zeros((), jnp.int32), s, may_alias=False)
+        zero = lambda s: jax.device_put(jnp.zeros((), jnp.int32), s)
         return TrainState(
             step=zero(shardings.step),
             params=params,

@@ -3,10 +3,20 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from shardtrain.errors import BatchError
 from shardtrain.pytree import dtype_of, path_string
+
+
+def own(x: Any, sharding: Any) -> jax.Array:
+    """A copy of `x` in a sharding, sharing no buffer with it: the step donates its state.
+
+    `jax.device_put(..., may_alias=False)` still shares the buffer of a device that already holds
+    the same shard (seen on jax 0.10.2), and donation would then delete the user's array.
+    """
+    return jax.device_put(jnp.copy(x), sharding)
 
 
 def is_placed(batch: Any, planned: Any) -> bool:

@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from shardtrain.errors import HardwareError
 from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
-from shardtrain.planner.collectives import Collective, collectives_of
+from shardtrain.planner.collectives import Collective
+from shardtrain.planner.compiled import Compiled, compile_lowered
+from shardtrain.planner.targets import compiler_environment, target_devices
 from shardtrain.tables import Table, bytes_text
 from shardtrain.train import split_batch
 
@@ -78,8 +81,7 @@ class PlanViews:
     def memory(self: "Plan") -> Memory:
         """Bytes on each device by class; after `compile()`, the compiler's figures too."""
         state = self.layout.state
-        compiled = self._executable
-        analysis = compiled.memory_analysis() if compiled is not None else None
+        compiled = self._compiled.get(self.hardware)
         return Memory(
             params=device_bytes(state.params),
             grads=device_bytes(self._sharded_like(self.layout.grad_specs)),
@@ -87,19 +89,45 @@ class PlanViews:
             variables=device_bytes(state.variables),
             batch=device_bytes(self.layout.batch),
             activations=self._activation_bytes(),
-            compiled_arguments=analysis.argument_size_in_bytes if analysis else None,
-            compiled_temporaries=analysis.temp_size_in_bytes if analysis else None,
+            compiled_arguments=compiled.argument_bytes if compiled else None,
+            compiled_temporaries=compiled.temp_bytes if compiled else None,
         )
+
+    def compile(self: "Plan", hardware: str | None = None) -> Compiled:
+        """Compile the step and read what the compiler decided; runs nothing.
+
+        Args:
+          hardware: Compile for hardware that is not here, e.g. "v5e:4x4" (needs the `tpu` extra)
+            or "h100:1x8" (the `cuda` extra); without the extra, CPU devices stand in and `.note`
+            says so. None: the plan's own devices.
+
+        Returns:
+          Bytes by class, FLOPs per device, collectives, HLO text, seconds.
+
+        Raises:
+          OutOfMemoryError: The compiler found that the step does not fit.
+          HardwareError: The hardware is unknown, or cannot be compiled for here.
+        """
+        asked = hardware or self.hardware
+        if asked not in self._compiled:
+            if asked is None:
+                found = compile_lowered(self._lower_step(), self.mesh)
+            else:
+                target = target_devices(asked)
+                if not target.devices:
+                    raise HardwareError(
+                        f"cannot compile for {asked} here: {target.note}; CPU devices can stand in "
+                        f"if there are enough: st.simulate({target.hardware.device_count}) first"
+                    )
+                there = self.again(hardware=None, devices=target.devices)
+                with compiler_environment():
+                    found = compile_lowered(there._lower_step(), there.mesh, target.note)
+            self._compiled[asked] = found
+        return self._compiled[asked]
 
     def collectives(self: "Plan") -> list[Collective]:
         """What the compiled step communicates: kind, bytes, mesh axes, times per step, source."""
-        return collectives_of(self._compiled_step(), self.mesh)
-
-    def _compiled_step(self: "Plan") -> jax.stages.Compiled:
-        if self._executable is None:
-            self._need_devices("collectives")
-            self._executable = self._lower_step().compile()
-        return self._executable
+        return list(self.compile().collectives)
 
     def _sharded_like(self: "Plan", specs: Any) -> Any:
         sharding = lambda s: jax.sharding.NamedSharding(self.mesh, s)

@@ -53,6 +53,13 @@ class MetricsLog(Callback):
         """One line."""
         self.write({"kind": "eval", "step": step, **metrics})
 
+    def on_checkpoint(self, step: int) -> None:
+        """One line."""
+        self.write({"kind": "checkpoint", "step": step})
+
+    def on_end(self, result: Any) -> None:
+        """Nothing is open between two lines."""
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, with the time it was written."""
         if not self._writes:
@@ -119,6 +126,9 @@ class TensorBoardLog(Callback):
     def on_eval(self, step: int, metrics: Mapping[str, float]) -> None:
         """`eval/<name>`."""
         self._write("eval", step, metrics)
+
+    def on_checkpoint(self, step: int) -> None:
+        """Not shown."""
 
     def on_end(self, result: Any) -> None:
         """Close the file."""

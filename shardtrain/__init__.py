@@ -9,39 +9,65 @@ import types
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
-    "Strategy": "strategy",
-    "simulate": "mesh",
-    "plan": "plan",
-    "Plan": "plan",
+    "Aux": "modules",
+    "Callback": "monitoring.callbacks",
+    "Checkpointer": "checkpoint",
+    "DataLoader": "data",
+    "FitResult": "fit",
     "Functional": "modules",
     "Mean": "modules",
-    "Aux": "modules",
-    "cross_entropy": "modules",
+    "Plan": "plan",
+    "Strategy": "strategy",
     "TrainState": "train",
-    "hardware": "hardware",
-    "DataLoader": "data",
-    "Checkpointer": "checkpoint",
-    "fit": "fit",
-    "FitResult": "fit",
-    "evaluate": "fit",
-    "Callback": "monitoring.callbacks",
-    "verify": "verify",
     "VerifyReport": "verify",
+    "assert_collectives": "planner.assertions",
+    "cross_entropy": "modules",
+    "evaluate": "fit",
+    "export": "checkpoint",
+    "fit": "fit",
+    "hardware": "hardware",
     "init_distributed": "launch",
+    "inspect": "checkpoint",
+    "plan": "plan",
+    "replica_divergence": "checkpoint",
+    "restore": "checkpoint",
+    "simulate": "mesh",
+    "verify": "verify",
 }
 """Public name -> the module that defines it."""
 
+_MODULES = ("planner",)
+"""Public modules."""
+
 __version__ = "0.1.0"
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = sorted([*_EXPORTS, *_MODULES])
 
 if TYPE_CHECKING:
-    from shardtrain.data import DataLoader
-    from shardtrain.hardware import hardware
-    from shardtrain.mesh import simulate
-    from shardtrain.modules import Aux, Functional, Mean, cross_entropy
-    from shardtrain.plan import Plan, plan
-    from shardtrain.strategy import Strategy
-    from shardtrain.train import TrainState
+    from shardtrain import planner as planner
+    from shardtrain.checkpoint import Checkpointer as Checkpointer
+    from shardtrain.checkpoint import export as export
+    from shardtrain.checkpoint import inspect as inspect
+    from shardtrain.checkpoint import replica_divergence as replica_divergence
+    from shardtrain.checkpoint import restore as restore
+    from shardtrain.data import DataLoader as DataLoader
+    from shardtrain.fit import FitResult as FitResult
+    from shardtrain.fit import evaluate as evaluate
+    from shardtrain.fit import fit as fit
+    from shardtrain.hardware import hardware as hardware
+    from shardtrain.launch import init_distributed as init_distributed
+    from shardtrain.mesh import simulate as simulate
+    from shardtrain.modules import Aux as Aux
+    from shardtrain.modules import Functional as Functional
+    from shardtrain.modules import Mean as Mean
+    from shardtrain.modules import cross_entropy as cross_entropy
+    from shardtrain.monitoring.callbacks import Callback as Callback
+    from shardtrain.plan import Plan as Plan
+    from shardtrain.plan import plan as plan
+    from shardtrain.planner.assertions import assert_collectives as assert_collectives
+    from shardtrain.strategy import Strategy as Strategy
+    from shardtrain.train import TrainState as TrainState
+    from shardtrain.verify import VerifyReport as VerifyReport
+    from shardtrain.verify import verify as verify
 
 
 class _Package(types.ModuleType):
@@ -56,6 +82,8 @@ class _Package(types.ModuleType):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"shardtrain.{name}")
         if name not in _EXPORTS:
             raise AttributeError(f"module 'shardtrain' has no attribute {name!r}")
         value = getattr(importlib.import_module(f"shardtrain.{_EXPORTS[name]}"), name)

@@ -12,16 +12,23 @@ from shardtrain.pytree import leaves_by_path, map_with_path
 from shardtrain.strategy import Strategy
 
 
-def batch_specs(batch: Any, strategy: Strategy, sizes: Mapping[str, int]) -> Any:
+def batch_specs(
+    batch: Any,
+    strategy: Strategy,
+    sizes: Mapping[str, int],
+    sequence_dims: Mapping[str, int] | None = None,
+) -> Any:
     """A PartitionSpec for each leaf of a batch.
 
-    Dim 0 goes over the batch axes (`data`, `fsdp`, `expert`), dim 1 over `context`. A rule for
+    Dim 0 goes over the batch axes (`data`, `fsdp`, `expert`), the sequence dim over `context`. A
+    rule for
     `batch/<path>` overrides, e.g. `rules={"batch/image": (("data", "fsdp"), None, "tensor")}`.
 
     Args:
       batch: Abstract arrays; scalars are replicated.
       strategy: Rules and the number of microbatches.
       sizes: Mesh axis sizes.
+      sequence_dims: Batch path -> its sequence dim, as inferred; None: dim 1 of every leaf.
 
     Raises:
       BatchError: Not divisible; names the leaf and the nearest batch sizes that work.
@@ -36,8 +43,9 @@ def batch_specs(batch: Any, strategy: Strategy, sizes: Mapping[str, int]) -> Any
             entries = [tuple(a for a in as_axes(e) if sizes[a] > 1) for e in glob[1]]
         else:
             entries = [tuple(a for a in BATCH_AXES if sizes[a] > 1)] if shape else []
-            if len(shape) > 1 and sizes["context"] > 1:
-                entries.append(("context",))
+            dim = 1 if sequence_dims is None else sequence_dims.get(path, 0)
+            if 0 < dim < len(shape) and sizes["context"] > 1:
+                entries += [()] * (dim - 1) + [("context",)]
         _check_dims(path, shape, entries, sizes)
         return PartitionSpec(*[e[0] if len(e) == 1 else (e or None) for e in entries])
 

@@ -12,8 +12,9 @@ from shardtrain.hardware import hardware as find_hardware
 from shardtrain.mesh import abstract_mesh, build_mesh
 from shardtrain.modules import model_form
 from shardtrain.plan.core import Plan
+from shardtrain.plan.inference import INFERRED_AXES, axis_table, infer_layout
 from shardtrain.plan.layout import make_layout
-from shardtrain.plan.loss import user_loss
+from shardtrain.plan.loss import make_loss, user_loss
 from shardtrain.pytree import abstract
 from shardtrain.strategy import Strategy
 
@@ -74,7 +75,8 @@ def plan(
     shapes = abstract(batch)
     example = lambda model, batch: loss(model, batch, jax.random.key(0), True)
     form = model_form(model, example, shapes)
-    layout = make_layout(form, optimizer, shapes, strategy, mesh)
+    inferred = _infer(form, loss, shapes, strategy, mesh)
+    layout = make_layout(form, optimizer, shapes, strategy, mesh, inferred)
 
     def again(**changes: Any) -> Plan:
         """The same model, loss, optimizer and batch under another strategy or on other devices."""
@@ -93,7 +95,18 @@ def plan(
         again=again,
         example=None if _is_abstract(batch) else batch,
         hardware=None if hardware is None else str(hardware),
+        findings=inferred.findings if inferred is not None else (),
     )
+
+
+def _infer(form: Any, loss: Any, batch: Any, strategy: Strategy, mesh: Any) -> Any:
+    """Axis inference, where the mesh has an axis whose use depends on the model."""
+    sizes = dict(mesh.shape)
+    if all(sizes[a] == 1 for a in INFERRED_AXES):
+        return None
+    plain = strategy.replace(remat="none", precision="fp32", equal_microbatches=True)
+    table = axis_table(form, make_loss(form, loss, plain, None), batch)
+    return infer_layout(table, form, strategy, sizes)
 
 
 def _is_abstract(batch: Any) -> bool:

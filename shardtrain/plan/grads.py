@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from shardtrain.partitioning.infer.independence import Independence, batch_independence
+from shardtrain.plan.known_bugs import KnownBugs, check_known_bugs
 from shardtrain.plan.layout import Layout
 from shardtrain.strategy import Strategy
 from shardtrain.train import (
@@ -59,14 +60,15 @@ def make_gradients(
     many = s.num_microbatches > 1
     axes = _local_axes(layout, s)
     reason = ""
-    if axes and (many or s.precision == "bf16"):
-        proof = prove_sum_over_examples(proof_loss, layout, s)
-        if not proof.ok:
-            reason = f"{proof.reason}{f' ({proof.source})' if proof.source else ''}"
-            axes = ()
-    else:
+    bugs = KnownBugs()
+    if not many and s.precision != "bf16":
         axes = ()
-    grad_fn = value_and_grad(loss_for(axes))
+    if axes or set(layout.batch_axes) != {a for a, n in layout.sizes.items() if n > 1}:
+        bugs = check_known_bugs(proof_loss, layout, s)
+    if axes:
+        reason = _why_not_per_replica(proof_loss, layout, s, bugs)
+        axes = () if reason else axes
+    grad_fn = value_and_grad(bugs.avoid(loss_for(axes)))
     constrain = layout.constrain(layout.grad_specs)
     if axes:
         replicas = math.prod(layout.sizes[a] for a in axes)
@@ -81,6 +83,15 @@ def make_gradients(
     if axes:
         grad_fn = sum_replicas(grad_fn, constrain)
     return GradientPlan(grad_fn, axes, reason)
+
+
+def _why_not_per_replica(loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs) -> str:
+    if bugs.convolutions:
+        return f"convolution gradients cannot be mapped over replicas ({bugs.convolutions[0]})"
+    proof = prove_sum_over_examples(loss, layout, s)
+    if proof.ok:
+        return ""
+    return f"{proof.reason}{f' ({proof.source})' if proof.source else ''}"
 
 
 def _local_axes(layout: Layout, s: Strategy) -> tuple[str, ...]:

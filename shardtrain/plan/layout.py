@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.modules import ModelForm
 from shardtrain.partitioning import (
-    Inferred,
     LeafPlan,
     batch_specs,
     check_replication,
@@ -21,6 +20,7 @@ from shardtrain.partitioning import (
 )
 from shardtrain.partitioning.batch import leaf_names
 from shardtrain.partitioning.rules import BATCH_AXES, check_rules, check_used
+from shardtrain.plan.inference import InferredLayout
 from shardtrain.pytree import leaves_by_path, map_with_path
 from shardtrain.strategy import Strategy
 from shardtrain.train import TrainState
@@ -93,7 +93,7 @@ def make_layout(
     batch: Any,
     strategy: Strategy,
     mesh: Any,
-    inferred: Mapping[str, Inferred] | None = None,
+    inferred: InferredLayout | None = None,
 ) -> Layout:
     """Resolve every spec, and refuse what would go wrong silently.
 
@@ -103,9 +103,11 @@ def make_layout(
     """
     sizes = dict(mesh.shape)
     check_rules(strategy.rules)
-    params = partition_tree(form.abstract_params, strategy, sizes, form.annotations, inferred)
+    found = inferred.params if inferred is not None else {}
+    params = partition_tree(form.abstract_params, strategy, sizes, form.annotations, found)
     variables = _variable_plans(form, strategy, sizes)
     names = {n for plan in params.values() for e in plan.logical if e for n in _parts(e)}
+    names |= inferred.names if inferred is not None else set()
     paths = [*params, *variables, *leaf_names(batch)]
     check_used(strategy.rules, paths, names, flexible=form.kind == "linen")
     check_replication(params, strategy, sizes)
@@ -139,7 +141,7 @@ def make_layout(
         params=params,
         variables=variables,
         state=state,
-        batch=shard(batch, batch_specs(batch, strategy, sizes)),
+        batch=shard(batch, batch_specs(batch, strategy, sizes, inferred and inferred.inputs)),
         update_specs=specs(strategy.zero >= 1),
         grad_specs=specs(strategy.zero >= 2),
         compute_specs=specs(False),

@@ -105,3 +105,18 @@ def assert_same_bits(got, want):
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
     ):
         assert bits(a) == bits(b), jax.tree_util.keystr(path)
+
+
+def state_of(step):
+    """A state that is a function of its step, so that any mix-up shows."""
+    rng = np.random.default_rng(step)
+    params = {
+        "w": rng.normal(size=(8, 1024)).astype(np.float32),
+        "b": rng.normal(size=64).astype(np.float32),
+    }
+    return put(State(np.int32(step), params, (), jax.random.key(step), None), make_mesh(4, 2))
+
+
+def plan():
+    """The plan of `state_of`."""
+    return state_of(0)[1]

@@ -348,8 +348,8 @@ class Checkpointer:
         abstract = self._abstract()
         wanted = leaves.named_leaves(abstract)
         self._require_same(header, leaves.describe(wanted), path)
-        restored = _load(path, wanted, header)
-        changed = _changed(restored, wanted, header)
+        restored, damaged = _load(path, wanted, header)
+        changed = damaged or _changed(restored, wanted, header)
         if not agreement.all_agree(not changed):
             return None, changed or ["another process read other values"]
         self.extra = header.extra
@@ -384,12 +384,20 @@ def _json(value: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"extra and plan.describe() must be JSON: {error}.") from error
 
 
-def _load(path: Path, wanted: Mapping[str, Any], header: manifest.Header) -> list[Any]:
+def _load(
+    path: Path, wanted: Mapping[str, Any], header: manifest.Header
+) -> tuple[list[Any], list[str]]:
+    """The leaves, or what the array store found damaged although the checksums matched."""
     try:
         arrays = store.load(path, leaves.to_targets(wanted, header.leaves))
-    except Exception as error:  # the files are verified: this is memory, a device or a bug
-        raise CheckpointError(f"{path} is intact but could not be loaded: {error}") from error
-    return leaves.from_arrays(arrays, wanted, header.leaves)
+    except (
+        Exception
+    ) as error:  # whatever Orbax raises; only damage may be answered by an older step
+        text = str(error)[:300]
+        if "DATA_LOSS" in text:
+            return [], [f"the arrays were written damaged: {text}"]
+        raise CheckpointError(f"{path} is intact but could not be loaded: {text}") from error
+    return leaves.from_arrays(arrays, wanted, header.leaves), []
 
 
 def _changed(restored: list[Any], wanted: Mapping[str, Any], header: manifest.Header) -> list[str]:

@@ -31,7 +31,7 @@ START = Widths(
 
 BOUNDS = {
     "matmul": (0.6, 1.0), "matmul_low": (0.4, 1.0), "matmul_four": (0.3, 0.9),
-    "experts": (0.2, 1.0), "attention": (0.25, 0.9), "attention_tpu": (0.2, 0.9),
+    "experts": (0.2, 1.0), "attention": (0.25, 0.95), "attention_older": (0.2, 0.9), "attention_tpu": (0.2, 0.9),
     "tensor_exposed": (0.2, 1.0), "expert_exposed": (0.2, 1.0), "context_exposed": (0.1, 1.0),
     "pipeline_exposed": (0.1, 1.0), "fsdp_exposed": (0.02, 0.5), "data_exposed": (0.05, 1.0),
     "link": (0.5, 0.95), "latency": (0.5, 3.0), "selective": (0.1, 0.8), "uneven": (0.05, 1.0),

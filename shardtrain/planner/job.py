@@ -5,7 +5,6 @@ are all turned into a `Job` first.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from shardtrain.hardware import Chip
@@ -37,6 +36,7 @@ class Job:
         sequence_parallel: the residual stream is sharded over `tensor`.
         slices: groups of chips that only a data-centre network joins.
         flash: attention never writes the s x s scores to memory.
+        tuned_attention: the fused kernel is written for this generation of chips.
         causal: keys a query may not see are skipped.
         frozen: the base weights get no gradient (LoRA).
         gradient_bytes: bytes per parameter of accumulated gradients.
@@ -70,6 +70,7 @@ class Job:
     offload: bool = False
     offload_activations: bool = False
     domain: int = 0
+    tuned_attention: bool = True
 
     @property
     def replicas(self) -> float:
@@ -111,16 +112,25 @@ class Job:
         """Routed experts one chip holds."""
         return max(1.0, self.model.experts / self.expert)
 
-    def local_params(self) -> float:
-        """Parameters one chip computes with (before FSDP sharding), the largest stage."""
+    def local_parts(self) -> tuple[float, float]:
+        """(shared, routed expert) parameters one chip computes with, on the fullest stage."""
         m = self.model
         routed = m.moe_count * m.experts * m.expert_matmul
-        blocks = (m.block_matmul - routed) / self.tensor + routed / (self.expert * self.tensor)
-        if m.exact and m.block_matmul:
-            blocks *= (m.params - m.embedding) / max(m.block_matmul, 1)
-        table = m.vocab * m.d_model / self.tensor
+        table = m.vocab * m.d_model
         tables = table if m.tied or self.pipeline > 1 else 2 * table
-        return blocks / self.pipeline + tables
+        stage = self.tensor * self.pipeline
+        shared = (m.block_matmul - routed) / stage + tables / self.tensor
+        return shared, routed / (stage * self.expert)
+
+    def local_params(self) -> float:
+        """Parameters one chip computes with (before FSDP sharding), the fullest stage."""
+        return sum(self.local_parts())
+
+    def shard_params(self) -> float:
+        """Parameters whose optimizer state one chip keeps; experts are already divided."""
+        shared, routed = self.local_parts()
+        shards = self.state_shards()
+        return shared / shards + routed / max(1.0, shards / self.expert)
 
     def state_shards(self) -> float:
         """Chips over which optimizer state is divided."""
@@ -131,8 +141,3 @@ class Job:
     def replace(self, **changes: object) -> "Job":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
-
-
-def even_layers(job: Job) -> int:
-    """Blocks of the fullest stage."""
-    return math.ceil(job.model.layers / job.pipeline)

@@ -76,14 +76,14 @@ def activation_bytes(s: int, b: float, h: int, a: int, t: int = 1, kind: str = "
         >>> activation_bytes(2048, 4, 6144, 64, 8, "tensor") / 2**20
         1264.0
     """
-    sbh, scores = s * b * h, 5 * a * s / h
+    tokens, wide, scores = s * b, 24 * h, 5 * a * s
     forms = {
-        "none": sbh * (34 + scores),
-        "tensor": sbh * (10 + 24 / t + scores / t),
-        "tensor+sequence": sbh / t * (34 + scores),
-        "tensor+selective": sbh * (10 + 24 / t),
-        "tensor+sequence+selective": sbh / t * 34,
-        "full": sbh * 2,
+        "none": tokens * (34 * h + scores),
+        "tensor": tokens * (10 * h + (wide + scores) / t),
+        "tensor+sequence": tokens * (34 * h + scores) / t,
+        "tensor+selective": tokens * (10 * h + wide / t),
+        "tensor+sequence+selective": tokens * 34 * h / t,
+        "full": tokens * 2 * h,
     }
     if kind not in forms:
         raise StrategyError(f"activation kind {kind!r} is unknown; {suggest(kind, ACTIVATIONS)}")
@@ -188,15 +188,15 @@ def job_memory(job: Job) -> Memory:
         18.07
     """
     m = job.model
-    local, shards = job.local_params(), job.state_shards()
+    local, shard = job.local_params(), job.shard_params()
     trained = 0.01 if job.frozen else 1.0
     mixed = job.precision != "fp32"
     shared = job.fsdp > 1
-    weights = (2.0 if mixed else 4.0) * local / (shards if shared and job.zero >= 3 else 1)
+    weights = (2.0 if mixed else 4.0) * (shard if shared and job.zero >= 3 else local)
     each = 4.0 if shared and job.zero >= 3 else job.gradient_bytes
-    gradients = each * trained * local / (shards if shared and job.zero >= 2 else 1)
+    gradients = each * trained * (shard if shared and job.zero >= 2 else local)
     master = 12.0 if mixed else 8.0
-    optimizer = 0.0 if job.offload else master * trained * local / shards
+    optimizer = 0.0 if job.offload else master * trained * shard
     split = job.tensor if job.sequence_parallel else 1
     boundary = 2 * job.tokens * m.d_model / split
     block = block_bytes(job)

@@ -163,7 +163,7 @@ def _sized_model(name: str, key: str, m: Mapping[str, Any]) -> Model:
     dense = float(active.group(1)) if active else min(billions, default=7.0)
     if not moe:
         dense = total
-    width = max(512, round((dense * 1e9 / 12 / 128) ** (1 / 3)) * 128)
+    width = max(512, round((dense * 1e9 * 128 / 12) ** (1 / 3) / 128) * 128)
     layers = max(4, round(dense * 1e9 / (12 * width * width)))
     heads = max(1, width // 128)
     if not moe:
@@ -306,6 +306,7 @@ def read_point(record: Mapping[str, Any]) -> Point:
         slices, flash, flash or stack.group != "megatron-old", task == "lora",
         2.0 if stack.group in {"fsdp", "xla"} else 4.0, "offload" in p and bool(p["offload"]),
         "offload" in str(p.get("remat")),
+        tuned_attention=stack.group != "fsdp" or found.name.startswith("a100"),
     )  # fmt: skip
     source = re.sub(r" line \d+$", "", str(record.get("source") or ""))
     return Point(str(record.get("id") or ""), source, stack, recipe, task, job)

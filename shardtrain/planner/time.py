@@ -30,6 +30,7 @@ class Constants:
         narrow: dim at which a matmul runs at half rate.
         experts: share of the matmul rate that grouped expert matmuls reach.
         attention: share of the bf16 matmul rate that fused attention reaches on a GPU.
+        attention_older: the same where the kernel was written for an older GPU.
         attention_tpu: the same on a TPU.
         short: sequence length at which attention runs at half rate.
         misaligned: extra time of expert matmuls whose dims are no multiples of 256.
@@ -61,7 +62,8 @@ class Constants:
     matmul_four: float = 0.55
     narrow: float = 200.0
     experts: float = 0.6
-    attention: float = 0.6
+    attention: float = 0.75
+    attention_older: float = 0.45
     attention_tpu: float = 0.45
     short: float = 3000.0
     misaligned: float = 0.3
@@ -181,7 +183,8 @@ def _attention(job: Job, c: Constants) -> tuple[float, float]:
     qk, value = m.attention_width()
     keys = m.attention_tokens(job.sequence, job.causal)
     flops = 2 * job.tokens * (qk + value) * keys / job.tensor
-    share = c.attention_tpu if job.chip.kind == "tpu" else c.attention
+    share = c.attention if job.tuned_attention else c.attention_older
+    share = c.attention_tpu if job.chip.kind == "tpu" else share
     head = qk / m.n_heads
     slow = (1 + c.narrow_head / head) * (1 + c.short / job.sequence)
     seconds = flops / (job.chip.matmul_flops() * share) * slow
@@ -261,10 +264,11 @@ def _gathers(job: Job, c: Constants, compute: float) -> float:
     """Exposed seconds of ZeRO-3 gathers and gradient scatters in one microbatch."""
     if job.fsdp <= 1 or job.zero < 2:
         return 0.0
-    weights = 2 * job.local_params()
-    stride = job.tensor * job.context
-    gather = _seconds(job, c, "all-gather", weights, job.fsdp, stride)
-    scatter = _seconds(job, c, "reduce-scatter", weights, job.fsdp, stride)
+    gather = scatter = 0.0
+    for params, inside in zip(job.local_parts(), (1, job.expert), strict=True):
+        size, stride = job.fsdp / inside, job.tensor * job.context * inside
+        gather += _seconds(job, c, "all-gather", 2 * params, size, stride)
+        scatter += _seconds(job, c, "reduce-scatter", 2 * params, size, stride)
     gathers = 2 * gather if job.zero >= 3 else gather / job.num_microbatches
     total = gathers + scatter
     hidden = total * (1 - c.fsdp_exposed)
@@ -273,13 +277,15 @@ def _gathers(job: Job, c: Constants, compute: float) -> float:
 
 def _reduction(job: Job, c: Constants, compute: float) -> float:
     """Exposed seconds of the gradient reduction between replicas, once a step."""
-    groups = job.replicas * job.context / job.fsdp
+    own = job.fsdp if job.zero >= 2 else 1  # ZeRO-1 reduces whole gradients over all replicas
+    groups = job.replicas * job.context / own
     if groups <= 1.01:
         return 0.0
-    local = job.local_params() / job.fsdp
+    shared, routed = job.local_parts()
+    local = shared / own + routed / max(1.0, own / job.expert)
     if job.frozen:
         local *= 0.01
-    stride = job.tensor * job.fsdp
+    stride = job.tensor * own
     if job.slices > 1:
         ring = 2 * (job.slices - 1) / job.slices * 2 * local / job.chip.network_bandwidth
         total = ring / c.link + job.chip.network_latency * c.latency
@@ -292,8 +298,8 @@ def _reduction(job: Job, c: Constants, compute: float) -> float:
 
 def _update(job: Job, c: Constants) -> tuple[float, float]:
     """(optimizer, offload) seconds per step."""
-    local = job.local_params() * (0.01 if job.frozen else 1.0)
-    state = local / job.state_shards()
+    trained = 0.01 if job.frozen else 1.0
+    local, state = job.local_params() * trained, job.shard_params() * trained
     if job.offload:
         host = state * 28 / 40e9  # a fused host Adam streams 28 bytes per parameter
         copies = state * 6 / job.chip.host_bandwidth

@@ -58,7 +58,7 @@ def collective_seconds(
     Example:
         >>> from shardtrain.hardware import chip
         >>> round(1e3 * collective_seconds("all-gather", 1e9, 8, chip("h100"), 8), 2)
-        1.97
+        1.96
     """
     if kind not in PASSES:
         raise HardwareError(f"collective {kind!r} is unknown; {suggest(kind, PASSES)}")

@@ -275,3 +275,55 @@ def test_a_mesh_of_other_devices_is_refused():
         parse_collectives(hlo, ("a", "b"), np.arange(2))
     with pytest.raises(ValueError, match="not optimised HLO"):
         parse_collectives("module @jit_f {}", ("a",), np.arange(2))
+
+
+def sgd_with_momentum(loss):
+    def step(params, momentum, x):
+        grads = jax.grad(loss)(params, x)
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
+        return jax.tree.map(lambda p, m: p - 0.1 * m, params, momentum), momentum
+
+    return step
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_reduced_gradients_are_named_after_the_parameter_they_update(scan):
+    mesh = make_mesh((8,), ("fsdp",))
+    layers = (3,) if scan else ()
+    spec = (None, "fsdp") if scan else ("fsdp",)
+    params = {name: abstract(mesh, (*layers, 32, 32), *spec) for name in ("first", "second")}
+
+    def loss(params, x):
+        def layer(x, w):
+            return jnp.tanh(jnp.tanh(x @ w["first"]) @ w["second"]), None
+
+        x = jax.lax.scan(layer, x, params)[0] if scan else layer(x, params)[0]
+        return jnp.mean(x**2)
+
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    jitted = jax.jit(
+        sgd_with_momentum(loss), donate_argnums=(0, 1), out_shardings=(shardings, shardings)
+    )
+    # A batch larger than the weights, so that XLA has no reason to move activations instead.
+    lowered = jitted.lower(params, params, abstract(mesh, (1024, 32), "fsdp"))
+    found = collectives_of(lowered.compile(), mesh)
+    reduced = {c.parameter for c in found if c.kind != "all-gather" and c.bytes > 8}
+    assert {name for names in reduced for name in names.split(" + ")} == {
+        "params['first']",
+        "params['second']",
+    }
+    assert {c.parameter for c in found if c.kind == "all-gather"} >= {"params['second']"}
+
+
+def test_activations_reduced_on_the_way_are_not_named_after_a_parameter():
+    mesh = make_mesh((2, 4), ("data", "tensor"))
+    params = {"up": abstract(mesh, (32, 128), None, "tensor")}
+    params["down"] = abstract(mesh, (128, 32), "tensor")
+    loss = lambda params, x: jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"]) ** 2)
+    jitted = jax.jit(sgd_with_momentum(loss), donate_argnums=(0, 1))
+    found = collectives_of(
+        jitted.lower(params, params, abstract(mesh, (16, 32), "data")).compile(), mesh
+    )
+    assert {c.parameter for c in found if c.axes == ("tensor",)} == {""}
+    named = {name for c in found if c.axes == ("data",) for name in c.parameter.split(" + ")}
+    assert named == {"params['up']", "params['down']"}

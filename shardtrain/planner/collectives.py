@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from shardtrain.planner.destinations import Destinations
 from shardtrain.planner.executions import Execution, count_executions
 from shardtrain.planner.hlo import Computation, Instruction, Module, parse_hlo
 from shardtrain.planner.owners import Origins
@@ -54,8 +55,9 @@ class Collective:
         count: executions per step, loop trip counts multiplied out.
         is_async: the program starts it and waits for it in two instructions.
         source: `file:line` of the line of code it came from, or "".
-        parameter: the program argument it moves (a path such as `params['w']`), or "" when it moves
-            something computed.
+        parameter: the program argument it moves or, for a reduction, updates (a path such as
+            `params['w']`; several joined with ` + `); "" when there is none or it is not clear.
+            Of a combined reduction, those that are clear.
         operation_name: scopes it was traced under, from JAX; of the first of merged rows.
         group_size: devices that take part in one group.
         num_operands: arrays combined into it.
@@ -181,18 +183,31 @@ def _kind(computation: Computation, node: Instruction, at: Execution) -> str | N
     return name
 
 
-def _parameter(origins: Origins, computation: Computation, node: Instruction) -> str:
-    """The argument the operands come from (several: joined with ` + `); "" if any was computed."""
-    found = [origins.of(computation, name) for name in node.operands]
-    names = dict.fromkeys(origin.argument if origin else "" for origin in found)
-    return "" if "" in names else " + ".join(names)
+def _parameter(flow: "_Flow", computation: Computation, node: Instruction) -> str:
+    """The arguments that the operands come from, or that a reduction updates; "" if not known."""
+    found = [flow.origins.of(computation, name) for name in node.operands]
+    names = [origin.argument if origin else "" for origin in found]
+    if "" in names and node.opcode.startswith(("all-reduce", "reduce-scatter")):
+        each = range(len(names)) if len(names) > 1 else (None,)
+        found_ahead = [flow.destinations.of(computation, node, element) for element in each]
+        names = [name for name in found_ahead if name] or [""]
+    return "" if "" in names else " + ".join(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """Where values of one module come from and go to."""
+
+    module: Module
+    origins: Origins
+    destinations: Destinations
 
 
 def _read(
-    origins: Origins, computation: Computation, node: Instruction, at: Execution, layout: _Layout
+    flow: _Flow, computation: Computation, node: Instruction, at: Execution, layout: _Layout
 ) -> Collective | None:
     """One collective, or None when it communicates nothing (groups of one device)."""
-    module, kind = origins.module, _kind(computation, node, at)
+    module, kind = flow.module, _kind(computation, node, at)
     if kind is None:
         return None
     pairs = parse_pairs(node.attributes)
@@ -215,7 +230,7 @@ def _read(
         count=at.count,
         is_async=_is_async(node, at),
         source=source or (module.sources.locate(fused.attributes) if fused else ""),
-        parameter=_parameter(origins, computation, node),
+        parameter=_parameter(flow, computation, node),
         operation_name=node.operation_name or (fused.operation_name if fused else ""),
         group_size=group_size,
         num_operands=num_operands,
@@ -223,7 +238,7 @@ def _read(
         in_loop=at.in_loop,
         is_loop_invariant=kind == "all-gather"
         and at.in_loop
-        and is_loop_invariant(origins, computation, node),
+        and is_loop_invariant(flow.origins, computation, node),
         is_only_sliced=kind == "all-reduce"
         and is_only_sliced(module, computation, node, group_size),
         within=within,
@@ -250,14 +265,15 @@ def collectives_in(
 ) -> list[Collective]:
     """All collectives of a parsed module, merged. Arguments as `parse_collectives`."""
     layout = _layout(axis_names, device_ids, assignment)
-    executions, origins = count_executions(module), Origins(module)
+    executions = count_executions(module)
+    flow = _Flow(module, Origins(module), Destinations(module))
     found = []
     for name, computation in module.computations.items():
         at = executions.get(name)
         if at is None or at.count == 0:
             continue
         for node in computation.instructions:
-            item = _read(origins, computation, node, at, layout)
+            item = _read(flow, computation, node, at, layout)
             if item is not None:
                 found.append(item)
     return merge_collectives(found)

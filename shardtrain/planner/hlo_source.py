@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 _ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
 _SECTIONS = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-# Frames of installed packages (Flax layers, for example) say less than the line that called them.
-_INSTALLED = ("/site-packages/", "/dist-packages/")
+# Frames of installed packages (Flax layers, for example) say less than the line that called them;
+# our own say which part of the step it is.
+_INSTALLED = re.compile(r"/(?:site|dist)-packages/(?!shardtrain/)")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SourceTable:
         while frame in self.frames and frame not in seen:
             seen.add(frame)
             location, parent = self.frames[frame]
-            if not any(part in location for part in _INSTALLED):
+            if not _INSTALLED.search(location):
                 return location
             frame = parent
         return innermost

@@ -97,10 +97,21 @@ def collectives_table(collectives: Iterable[Collective], title: str = "Communica
             f"{'' if c.is_exact else '≈'}{c.count}",
             format_bytes(c.bytes * c.count),
             "yes" if c.is_async else "",
-            c.parameter,
-            c.source,
+            shorten(c.parameter),
+            "/".join(c.source.rsplit("/", 2)[-2:]),
         )
     return table
+
+
+def shorten(names: str, limit: int = 3) -> str:
+    """The first few of names joined with ` + `.
+
+    Example:
+        >>> shorten("a + b + c + d + e")
+        'a + b + c + 2 more'
+    """
+    parts = names.split(" + ")
+    return " + ".join(parts[:limit] + [f"{len(parts) - limit} more"] * (len(parts) > limit))
 
 
 def axes_text(collective: Collective) -> str:

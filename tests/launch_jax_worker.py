@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.launch import init_distributed
-from shardtrain.monitoring import Preempted, Preemption, Progress, check_agreement, fingerprint
+from shardtrain.monitoring import (
+    Preempted,
+    Preemption,
+    Progress,
+    check_agreement,
+    find_stragglers,
+    fingerprint,
+    gather_step_times,
+)
 
 scratch = pathlib.Path(sys.argv[1])
 layout = init_distributed(timeout=60)
@@ -27,7 +36,7 @@ behaviour, _, who = behaviours[min(number, len(behaviours) - 1)].partition("@")
 index = jax.process_index()
 mine = str(index) == who
 (scratch / f"pid-{os.getpid()}").touch()
-steps = 10**9 if behaviour in ("preempt", "disagree") else 4
+steps = {"preempt": 10**9, "slow": 8}.get(behaviour, 4)
 
 progress = Progress.from_environment()
 mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -49,6 +58,8 @@ with Preemption() as preemption:
                 raise ValueError(f"boom on process {index}")
             if behaviour == "preempt":
                 (scratch / "ready").touch()
+        if behaviour == "slow" and mine:
+            time.sleep(0.2)
         x = jax.make_array_from_callback(local.shape, rows, lambda i: local[i])
         progress.phase("dispatch" if step else "first_step", step)
         result = total(x)
@@ -58,4 +69,6 @@ with Preemption() as preemption:
             (scratch / f"saved-{index}").write_text(str(step))
             raise Preempted(step)
 progress.phase("done")
+for straggler in find_stragglers(gather_step_times(progress.step_times())):
+    print(straggler)
 print(f"result {float(result)} on {jax.device_count()} devices, layout: {layout}")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +23,14 @@ def start(tmp_path, *behaviours, **options):
     return launch(command, 2, 2, run_directory=tmp_path / "run", environ=ENVIRON, **options)
 
 
-def test_kill_9_restarts_and_finishes(tmp_path, capfd):
-    assert start(tmp_path, "kill@1", "none") == 0
+def test_kill_9_restarts_and_finishes_and_the_slow_process_is_named(tmp_path, capfd):
+    assert start(tmp_path, "kill@1", "slow@1") == 0
     out, err = capfd.readouterr()
     assert "process 1 failed at step 2, phase 'data' (killed by SIGKILL)" in err
     assert "[p0] shardtrain launch: 2 processes, each drives 2 devices (4 total)" in out
     for process in (0, 1):
         assert f"[p{process}] result 8.0 on 4 devices" in out
+        assert re.search(rf"\[p{process}\] process 1 is \d+\.\dx slower, in data loading", out)
 
 
 def test_an_exception_in_one_worker_is_told_apart_from_its_consequences(tmp_path, capfd):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 
+import numpy as np
 import pytest
 
 from shardtrain.errors import DistributedError, ShardtrainError
@@ -25,6 +26,7 @@ from shardtrain.monitoring import (
     find_hang,
     find_stragglers,
     fingerprint,
+    gather_step_times,
     hang_timeouts,
     read_progress,
 )
@@ -276,6 +278,23 @@ def test_the_worst_straggler_comes_first_and_missing_steps_are_ignored():
         (2, "dispatch", 19),
         (1, "data", 19),
     ]
+
+
+def test_step_times_survive_the_exchange():
+    own = {s: {"data": 0.25, "wait": 1e-6, "ckpt": 5000.0} for s in range(5)}
+    sent = []
+
+    def gather(table):
+        sent.append(table)
+        return np.stack([table, np.full_like(table, -1)])
+
+    found = gather_step_times(own, num_steps=3, gather=gather)
+    assert found == {
+        0: {s: {"data": 0.25, "wait": 1e-6, "ckpt": 2147.483647} for s in (2, 3, 4)},
+        1: {},
+    }
+    assert sent[0].dtype == np.int32
+    assert gather_step_times({}, 2) == {0: {}}
 
 
 # ------------------------------------------------------------------------------ agreement

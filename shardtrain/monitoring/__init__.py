@@ -22,6 +22,7 @@ from shardtrain.monitoring.progress import ProgressRecord as ProgressRecord
 from shardtrain.monitoring.progress import read_progress as read_progress
 from shardtrain.monitoring.stragglers import Straggler as Straggler
 from shardtrain.monitoring.stragglers import find_stragglers as find_stragglers
+from shardtrain.monitoring.stragglers import gather_step_times as gather_step_times
 from shardtrain.monitoring.watchdog import WATCHDOG_EXIT_CODE as WATCHDOG_EXIT_CODE
 from shardtrain.monitoring.watchdog import Watchdog as Watchdog
 from shardtrain.monitoring.watchdog import enable_stack_dumps as enable_stack_dumps

@@ -6,8 +6,11 @@ own work, all others spend it waiting.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from jax.experimental import multihost_utils
 
 from shardtrain.monitoring.progress import PHASES
 
@@ -101,3 +104,33 @@ def _summarise(
 ) -> Straggler:
     own, others, slowdown = (statistics.median(column) for column in zip(*rows, strict=True))
     return Straggler(process_index, phase, len(rows), own, others, slowdown)
+
+
+def gather_step_times(
+    times: StepTimes,
+    num_steps: int = 32,
+    gather: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[int, StepTimes]:
+    """The latest step times of all processes, for `find_stragglers`. Collective.
+
+    Args:
+      times: of this process, `Progress.step_times()`.
+      num_steps: how many steps to send; equal on all processes.
+      gather: `int32[n, m]` of this process to `int32[processes, n, m]` of all; default: over the
+        accelerators' network.
+    """
+    table = np.full((num_steps, 1 + len(PHASES)), -1, np.int32)
+    latest = sorted(times)[-num_steps:]
+    for row, step in zip(table, latest, strict=False):
+        # Microseconds in 32 bits: JAX would round 64-bit floats anyway. 2147 s is the longest.
+        seconds = [times[step].get(phase, 0.0) for phase in PHASES]
+        row[:] = [step, *(min(int(s * 1e6), 2**31 - 1) for s in seconds)]
+    rows = (gather or multihost_utils.process_allgather)(table).reshape(-1, *table.shape)
+    return {
+        process_index: {
+            int(row[0]): {p: int(t) / 1e6 for p, t in zip(PHASES, row[1:], strict=True) if t > 0}
+            for row in own
+            if row[0] >= 0
+        }
+        for process_index, own in enumerate(rows)
+    }

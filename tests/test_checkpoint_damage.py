@@ -16,7 +16,7 @@ from checkpoint_states import assert_same_bits, plan, state_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hst
 
-from shardtrain.checkpoint import Checkpointer, inspect, manifest, restore
+from shardtrain.checkpoint import Checkpointer, inspect, manifest, restore, store
 from shardtrain.errors import CheckpointError
 
 
@@ -107,15 +107,29 @@ def test_a_half_deleted_step_is_never_used(run, keep):
     assert restored_step(run) == 3
 
 
-# reads that Orbax had in flight when another one failed end on its closed event loop
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damage_that_only_the_array_store_notices_falls_back_too(run):
-    files = files_of(run / "3" / "state" / "d")
-    flip(max(files, key=lambda p: p.stat().st_size), 300, bit=4)
-    manifest.write_part(run / "3", 0, 1)
+def test_damage_that_only_the_array_store_notices_falls_back_too(run, monkeypatch):
+    """What TensorStore says when a B-tree node fails its checksum (text as seen, shortened)."""
+    load = store.load
+
+    def refusing(directory, targets):
+        if directory.name == "3":
+            raise ValueError("DATA_LOSS: Error decoding b-tree node: CRC-32C verification failed")
+        return load(directory, targets)
+
+    monkeypatch.setattr(store, "load", refusing)
     lines = []
     assert restored_step(run, lines) == 2
     assert "the arrays were written damaged: DATA_LOSS" in lines[0]
+
+
+def test_a_load_that_fails_for_another_reason_is_not_taken_for_damage(run, monkeypatch):
+    def full(directory, targets):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory on device 3")
+
+    monkeypatch.setattr(store, "load", full)
+    with pytest.raises(CheckpointError, match="3 is intact but could not be loaded: RESOURCE"):
+        restored_step(run)
+    assert (run / "3").is_dir()
 
 
 def test_values_that_changed_under_a_valid_checksum_are_found(run):

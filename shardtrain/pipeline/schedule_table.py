@@ -1,10 +1,10 @@
 """A timetable as the dense integer table an executor scans over. Imports no JAX.
 
 Besides *what* each stage computes in a tick, the table says *where* in its buffers: a stage keeps
-the inputs of its microbatches in flight (the stash), the gradients that arrived for them, and, with
-W tasks, what their weight gradient needs. Buffer rows are register-allocated: a row is taken from the
-moment a value arrives until its last reader, and every buffer has one more row, the *trash*, into
-which an idle slot writes.
+the inputs of its microbatches in flight (the stash), the gradients that arrived for them, and,
+with W tasks, what their weight gradient needs. Buffer rows are register-allocated: a row is taken
+from the moment a value arrives until its last reader, and every buffer has one more row, the
+*trash*, into which an idle slot writes.
 """
 
 import collections

@@ -1,0 +1,92 @@
+"""One stage's work as a function, and its map over all stages.
+
+A stage's chunk is a `lax.scan` over its layers; `jax.vmap(..., spmd_axis_name="pipeline")` maps it
+over the stages, whose dim is sharded over the mesh axis `pipeline`. Every device runs the same
+operations on its own stage.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shardtrain.pipeline.buffers import AXIS
+from shardtrain.pipeline.classify import Extracted
+from shardtrain.pipeline.stages import StageLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The stages of an extracted model.
+
+    Args:
+        model: the extracted model.
+        layout: sizes (stages, virtual stages, layers per chunk).
+        unroll: spell the layers of a chunk out instead of scanning them.
+    """
+
+    model: Extracted
+    layout: StageLayout
+    unroll: bool = False
+
+    def first_carry(self, outer: Sequence[Any]) -> list[Any]:
+        """`pre`, and empty rows for what the blocks will report to `post`."""
+        reports = [jnp.zeros((self.layout.count, *c.shape), c.dtype) for c in self.model.collected]
+        return [*self.model.pre(*outer), *reports]
+
+    def sides(
+        self, outer_of: Callable[[Any], list[Any]], microbatch: jax.Array, virtual: jax.Array
+    ) -> list[Any]:
+        """What every stage's blocks read beside the carry, `[P, ...]` each.
+
+        Args:
+            outer_of: microbatch index -> outer values.
+            microbatch: `[P]`, the microbatch each stage works on.
+            virtual: `[P]`, its virtual stage.
+        """
+        p, chunk = self.layout.num_stages, self.layout.per_chunk
+
+        def one(stage: jax.Array, m: jax.Array, v: jax.Array) -> list[Any]:
+            values = self.model.sides(*outer_of(m))
+            layered = [
+                jax.lax.dynamic_slice_in_dim(x, (v * p + stage) * chunk, chunk)
+                for x in values[self.model.num_shared :]
+            ]
+            return [*values[: self.model.num_shared], *layered]
+
+        return jax.vmap(one, spmd_axis_name=AXIS)(jnp.arange(p), microbatch, virtual)
+
+    def run(
+        self, params: list, states: list, sides: list, virtual: jax.Array, carry: list
+    ) -> tuple[list, list]:
+        """All stages' chunks: `(carry [P, ...], new states [P, layers, ...])`."""
+        stage = jnp.arange(self.layout.num_stages)
+        start = (virtual * self.layout.num_stages + stage) * self.layout.per_chunk
+        return jax.vmap(self._chunk, spmd_axis_name=AXIS)(params, states, sides, start, carry)
+
+    def _chunk(
+        self, params: list, states: list, sides: list, start: jax.Array, carry: list
+    ) -> tuple[list, list]:
+        shared, layered = sides[: self.model.num_shared], sides[self.model.num_shared :]
+        num_carry, num_states = len(self.model.carry), len(self.model.states)
+        block = self.model.block
+        if self.model.remat is not None:
+            policy: Any = self.model.remat["policy"]
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+
+        def layer(carry: list, xs: Any) -> tuple[list, list]:
+            index, params, states, layered = xs
+            kept, reports = carry[:num_carry], carry[num_carry:]
+            out = block(*params, *states, *layered, *shared, *kept)
+            found = out[num_carry + num_states :]
+            rows = jnp.arange(self.layout.count) == index
+            reports = [
+                jnp.where(rows.reshape(-1, *(1,) * new.ndim), new, old)
+                for new, old in zip(found, reports, strict=True)
+            ]
+            return [*out[:num_carry], *reports], out[num_carry : num_carry + num_states]
+
+        xs = (start + jnp.arange(self.layout.per_chunk), params, states, layered)
+        return jax.lax.scan(layer, carry, xs, unroll=self.unroll)

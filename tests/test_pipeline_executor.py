@@ -1,0 +1,164 @@
+"""Pipelined losses, gradients and state equal the same microbatches on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from pipeline_models import LinenModel, NnxModel, abstract_batch, loss, make_batch, setup
+
+from shardtrain.errors import BatchError, ScheduleError, StageSplitError
+from shardtrain.pipeline.executor import make_pipeline_grad
+from shardtrain.pipeline.extract import extract
+from shardtrain.pipeline.schedules import make_schedule
+from shardtrain.pipeline.stages import (
+    StageMajor,
+    from_stage_major,
+    stage_layout,
+    stage_major_specs,
+    to_stage_major,
+)
+from shardtrain.pytree import leaves_by_path
+from shardtrain.train import over_microbatches, value_and_grad
+
+AXES = ("data", "fsdp", "pipeline", "tensor")
+
+
+def make_mesh(**sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+class Pipelined:
+    """A model, its pipeline and its values, ready to run."""
+
+    def __init__(self, model, schedule, sizes, microbatches=4, virtual=1, rows=16):
+        self.mesh, self.rows = make_mesh(**sizes), rows
+        stages = sizes["pipeline"]
+        self.microbatches = microbatches
+        per = rows // microbatches
+        self.form, self.make_loss, self.params, self.variables = setup(model, per)
+        self.model = extract(self.make_loss, loss, self.form, abstract_batch(per), stages * virtual)
+        self.schedule = make_schedule(schedule, stages, microbatches, virtual)
+        sizes = (self.model.count, stages, virtual)
+        self.layout = stage_layout(self.params, self.model.params, *sizes)
+        self.state_layout = stage_layout(self.variables, self.model.states, *sizes)
+
+    def shardings(self):
+        """Matrices sharded over `tensor`, blocks over `pipeline`."""
+        two = lambda x, stacked: np.ndim(x) - stacked == 2 and x.shape[-1] % 2 == 0
+        specs = {
+            path: PartitionSpec(*[None] * (np.ndim(x) - 1), "tensor")
+            if two(x, any(path in leaf.paths and leaf.stacked for leaf in self.model.params))
+            else PartitionSpec(*[None] * np.ndim(x))
+            for path, x in leaves_by_path(self.params).items()
+        }
+        tree = jax.tree.unflatten(jax.tree.structure(self.params), list(specs.values()))
+        place = lambda spec: NamedSharding(self.mesh, spec)
+        major = stage_major_specs(tree, self.layout)
+        return jax.tree.map(place, major, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    def lowered(self):
+        shardings = self.shardings()
+        constrain = lambda grads: jax.lax.with_sharding_constraint(grads, shardings)
+        grad = make_pipeline_grad(
+            self.model, self.schedule, self.mesh, self.layout, constrain=constrain
+        )
+        params = jax.device_put(to_stage_major(self.params, self.layout), shardings)
+        variables = to_stage_major(self.variables, self.state_layout)
+        rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        batch = jax.device_put(make_batch(self.rows), rows)
+        return jax.jit(grad), (params, variables, batch, jax.random.key(3))
+
+    def reference(self):
+        one = value_and_grad(self.make_loss(loss))
+        step = over_microbatches(one, self.microbatches, lambda grads: grads)
+        batch = make_batch(self.rows)
+        return jax.jit(step)(self.params, self.variables, batch, jax.random.key(3))
+
+
+def numbers(tree):
+    """Leaves by path; rng keys as their data."""
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return {
+        path: np.asarray(jax.random.key_data(x) if is_key(x) else x)
+        for path, x in leaves_by_path(tree).items()
+    }
+
+
+def assert_equal(found, expected, what):
+    """Within 1e-5 of each leaf's largest entry."""
+    found, expected = numbers(found), numbers(expected)
+    assert found.keys() == expected.keys()
+    for path, want in expected.items():
+        scale = np.max(np.abs(want)) + 1e-2
+        np.testing.assert_allclose(
+            found[path] / scale, want / scale, atol=1e-5, err_msg=f"{what} {path}"
+        )
+
+
+CUBE = {"data": 2, "pipeline": 2, "tensor": 2}
+LONG = {"data": 2, "pipeline": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule", "sizes", "options"),
+    [
+        (lambda: LinenModel("loop"), "1f1b", CUBE, {}),
+        (lambda: LinenModel("scan"), "interleaved", CUBE, {"virtual": 2}),
+        (lambda: lambda rngs: NnxModel(rngs, "plain"), "gpipe", LONG, {}),
+        (lambda: lambda rngs: NnxModel(rngs, "norm"), "1f1b", LONG, {}),
+        (lambda: lambda rngs: NnxModel(rngs, "aux list"), "interleaved", CUBE, {"virtual": 2}),
+        (lambda: lambda rngs: NnxModel(rngs, "scan"), "1f1b", LONG, {"microbatches": 2}),
+        (lambda: lambda rngs: NnxModel(rngs, "remat", 5), "1f1b", CUBE, {"rows": 8}),
+    ],
+    ids=["linen", "linen scan", "nnx", "batch norm", "aux", "few microbatches", "remainder"],
+)
+def test_every_schedule_equals_one_device(model, schedule, sizes, options, devices):
+    run = Pipelined(model(), schedule, sizes, **options)
+    step, args = run.lowered()
+    found, expected = step(*args), run.reference()
+    assert_equal(from_stage_major(found.grads, run.layout), expected.grads, "gradient of")
+    assert_equal(found.output, expected.output, "output")
+    variables = from_stage_major(found.variables, run.state_layout)
+    assert_equal(variables, expected.variables, "variable")
+
+
+def test_1f1b_needs_the_same_memory_for_any_number_of_microbatches(devices):
+    temp = {}
+    for schedule, count in [("1f1b", 8), ("1f1b", 64), ("gpipe", 8), ("gpipe", 64)]:
+        run = Pipelined(
+            lambda rngs: NnxModel(rngs, "aux"), schedule, {"pipeline": 2}, count, rows=2 * count
+        )
+        step, args = run.lowered()
+        memory = step.lower(*args).compile().memory_analysis()
+        tokens = sum(x.nbytes for x in jax.tree.leaves(args[2]))
+        temp[schedule, count] = memory.temp_size_in_bytes - tokens
+    assert temp["1f1b", 64] < 1.02 * temp["1f1b", 8]
+    assert temp["gpipe", 64] > 2 * temp["gpipe", 8]
+
+
+def test_sizes_that_do_not_fit_are_refused(devices):
+    run = Pipelined(lambda rngs: NnxModel(rngs, "aux"), "1f1b", CUBE)
+    other = make_schedule("1f1b", 4, 4)
+    with pytest.raises(ScheduleError, match="has 4 stages, but the mesh axis pipeline has size 2"):
+        make_pipeline_grad(run.model, other, run.mesh, run.layout)
+    other = make_schedule("interleaved", 2, 4, 2)
+    with pytest.raises(ScheduleError, match=r"for 2 x 2 .*laid out for 2 x 1"):
+        make_pipeline_grad(run.model, other, run.mesh, run.layout)
+    step, (params, variables, _, key) = run.lowered()
+    with pytest.raises(BatchError, match=r"\[18\] rows cannot be split into 4 microbatches"):
+        step(params, variables, make_batch(18), key)
+    with pytest.raises(StageSplitError, match="4 layers are not divisible by 3 stages x 1"):
+        stage_layout(run.params, run.model.params, 4, 3, 1)
+
+
+def test_layers_of_one_leaf_must_share_a_sharding(devices):
+    run = Pipelined(lambda rngs: NnxModel(rngs, "aux"), "1f1b", CUBE)
+    specs = jax.tree.map(lambda x: PartitionSpec(), run.params)
+    specs["blocks"][0]["linear"]["kernel"] = PartitionSpec("tensor")
+    with pytest.raises(StageSplitError, match=r"blocks/\*/linear/kernel have different shardings"):
+        stage_major_specs(specs, run.layout)
+    assert isinstance(to_stage_major(run.params, run.layout), StageMajor)
+    assert jnp.shape(run.params["scale"]) == (6,)

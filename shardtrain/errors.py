@@ -104,6 +104,10 @@ class OutOfMemoryError(ShardtrainError):
     """A compiled step needs more memory than one device has."""
 
 
+class CompilerBugError(ShardtrainError):
+    """A known compiler bug would give wrong numbers, and cannot be avoided here."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the nearest known name, or the list of all known names."""
     known = sorted(set(known))

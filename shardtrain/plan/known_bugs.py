@@ -142,7 +142,7 @@ def _evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
 
 def _bind(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
     """One equation as it was traced."""
-    inputs = [jex.Var(a.aval) for a in eqn.invars]
+    inputs: list[Any] = [jex.Var(a.aval) for a in eqn.invars]
     outputs = [jex.Var(v.aval) for v in eqn.outvars]
     alone = eqn.replace(invars=inputs, outvars=outputs)
     debug = jex.DebugInfo("known_bugs", "one equation", ("",) * len(inputs), ("",) * len(outputs))

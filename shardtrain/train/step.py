@@ -41,7 +41,7 @@ def make_step(
         weight = found.output.loss.weight
         divisor = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), found.grads)
-        norm = optax.global_norm(grads)
+        norm = global_norm(grads)
         loss = found.output.loss.value
         if max_grad_norm is not None:
             grads = clip(grads, norm, max_grad_norm)
@@ -85,6 +85,12 @@ def keep_finite(finite: jax.Array, new: Any, old: Any) -> Any:
         return jnp.where(finite, n, o)
 
     return jax.tree.map(choose, new, old)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """L2 norm of all arrays together, accumulated in float32."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
 
 def clip(grads: Any, norm: jax.Array, max_norm: float) -> Any:

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from shardtrain.errors import HardwareError
+from shardtrain.pipeline.schedules import Schedule, make_schedule
 from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
+from shardtrain.plan.report import Report, local_hardware, plan_figures, summary_table
 from shardtrain.planner.collectives import Collective
 from shardtrain.planner.compiled import Compiled, compile_lowered
 from shardtrain.planner.targets import compiler_environment, target_devices
+from shardtrain.planner.time_estimate import StepEstimate, estimate_step
+from shardtrain.planner.traffic import collectives_table
 from shardtrain.tables import Table, bytes_text
 from shardtrain.train import split_batch
 
@@ -128,6 +132,55 @@ class PlanViews:
     def collectives(self: "Plan") -> list[Collective]:
         """What the compiled step communicates: kind, bytes, mesh axes, times per step, source."""
         return list(self.compile().collectives)
+
+    def estimate(self: "Plan", hardware: str | None = None) -> StepEstimate:
+        """Step time from the compiled step: compute, memory traffic and communication, term by term.
+
+        Args:
+          hardware: As in `compile`; None: the plan's own.
+        """
+        compiled = self.compile(hardware)
+        moved = (compiled.argument_bytes or 0) + (compiled.output_bytes or 0)
+        machine = hardware or self.hardware or local_hardware(self.mesh)
+        return estimate_step(
+            compiled.flops,
+            moved + 2 * (compiled.temp_bytes or 0),
+            compiled.collectives,
+            self.layout.sizes,
+            machine,
+            self.schedule.bubble_fraction,
+            dtype=self.strategy.precision,
+            slow_axes=tuple(self.strategy.dcn),
+        )
+
+    @property
+    def schedule(self: "Plan") -> Schedule:
+        """The pipeline's table of ticks and stages (one stage where there is no pipeline)."""
+        s = self.strategy
+        name = s.schedule if s.pipeline > 1 else "gpipe"
+        return make_schedule(name, max(s.pipeline, 1), s.num_microbatches, s.virtual_stages)
+
+    def summary(self: "Plan") -> Table:
+        """Devices, mesh, batch arithmetic, parameters: what a run prints when it starts."""
+        return summary_table(self.form, self.layout, self.strategy, self.hardware)
+
+    def report(self: "Plan") -> Report:
+        """Everything known so far: the compiler's part is there once `compile()` has run."""
+        tables = [self.summary(), self.explain(), self.memory().table()]
+        if self.hardware in self._compiled:
+            tables.append(collectives_table(self.collectives()))
+        return Report(tuple(tables))
+
+    def plot(self: "Plan", path: str | None = None) -> Any:
+        """Pictures: the mesh, which slices of the largest parameters live where, memory.
+
+        Args:
+          path: Also write them to this PNG (mesh), with `-parameters` and `-memory` beside it.
+
+        Returns:
+          Name -> matplotlib `Figure`.
+        """
+        return plan_figures(self, path)
 
     def _sharded_like(self: "Plan", specs: Any) -> Any:
         sharding = lambda s: jax.sharding.NamedSharding(self.mesh, s)

@@ -133,11 +133,11 @@ def fit(
                 while len(pending) > 1:
                     _record(pending.popleft(), result, listeners)
                 stopping = stop.should_stop(done)
-                if eval_loader is not None and eval_every and done % eval_every == 0:
-                    if done < num_steps:
-                        _drain(pending, result, listeners)
-                        _evaluate(plan, result, eval_loader, done, listeners)
-                if save_every and done % save_every == 0 and done < num_steps and not stopping:
+                between = done < num_steps and not stopping
+                if between and eval_loader is not None and _due(done, eval_every):
+                    _drain(pending, result, listeners)
+                    _evaluate(plan, result, eval_loader, done, listeners)
+                if between and _due(done, save_every):
                     report.phase("ckpt", step)
                     checkpoints.save(result.state)
                     _tell(listeners, "on_checkpoint", done)
@@ -234,6 +234,10 @@ def _record(item: _Pending, result: FitResult, listeners: Sequence[Callback]) ->
     values["data_seconds"] = item.ready - item.started
     result.history.append({"step": item.step, **values})
     _tell(listeners, "on_step", item.step, values)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def _drain(pending: Any, result: FitResult, listeners: Sequence[Callback]) -> None:

@@ -134,7 +134,7 @@ class PlanViews:
         return list(self.compile().collectives)
 
     def estimate(self: "Plan", hardware: str | None = None) -> StepEstimate:
-        """Step time from the compiled step: compute, memory traffic and communication, term by term.
+        """Step time from the compiled step: compute, memory and communication, term by term.
 
         Args:
           hardware: As in `compile`; None: the plan's own.

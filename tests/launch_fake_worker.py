@@ -44,6 +44,14 @@ def on_sigterm(*_):
     raise Preempted(42)
 
 
+if behaviour == "lost":
+    if str(index) == who:
+        progress.phase("data", 1)
+        (scratch / "stopping").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while not (scratch / "stopping").exists():
+        time.sleep(0.01)
+    sys.exit(17)
 if behaviour == "preemptible":
     signal.signal(signal.SIGTERM, on_sigterm)
     (scratch / f"ready-{index}").touch()

@@ -11,10 +11,15 @@ import pytest
 
 from shardtrain.errors import DistributedError
 from shardtrain.launch import ProcessLayout, init_distributed
+from shardtrain.launch.addresses import (
+    default_bind_address,
+    is_loopback,
+    refuse_loopback,
+    split_address,
+)
 from shardtrain.launch.command import free_port
-from shardtrain.launch.distributed import default_bind_address, is_loopback, refuse_loopback
 from shardtrain.launch.environment import detect_layout
-from shardtrain.launch.roll_call import roll_call, split_address
+from shardtrain.launch.roll_call import roll_call
 from shardtrain.launch.worker import install_excepthook
 
 pytestmark = pytest.mark.timeout(60)
@@ -138,7 +143,7 @@ def test_a_loopback_coordinator_for_several_hosts_is_refused(coordinator):
 
 
 def test_a_host_name_that_is_loopback_is_refused_only_away_from_that_host(monkeypatch):
-    monkeypatch.setattr("shardtrain.launch.distributed._resolve", lambda host: "127.0.1.1")
+    monkeypatch.setattr("shardtrain.launch.addresses._resolve", lambda host: "127.0.1.1")
     assert is_loopback("gpu007")
     refuse_loopback(layout("gpu007:1", first=True))
     with pytest.raises(DistributedError, match="gpu007:1 resolves here to a loopback address"):
@@ -147,7 +152,7 @@ def test_a_host_name_that_is_loopback_is_refused_only_away_from_that_host(monkey
 
 
 def test_the_coordinator_is_exposed_as_little_as_possible(monkeypatch):
-    monkeypatch.setattr("shardtrain.launch.distributed._resolve", lambda host: "10.0.0.4")
+    monkeypatch.setattr("shardtrain.launch.addresses._resolve", lambda host: "10.0.0.4")
     assert default_bind_address(layout("gpu007:1")) == "10.0.0.4:1"
     assert default_bind_address(layout("gpu007:1", hosts=1)) == "127.0.0.1:1"
     assert default_bind_address(layout("gpu007:1", hosts=None)) == "10.0.0.4:1"

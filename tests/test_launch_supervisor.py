@@ -120,6 +120,13 @@ def test_a_stopped_process_is_recognised(tmp_path, capfd):
     assert "(process 1 did not answer)" in err
 
 
+def test_the_process_that_the_others_lost_is_named(tmp_path, capfd):
+    assert start(tmp_path, "lost@1", "none")[0] == 0
+    err = capfd.readouterr().err
+    assert "The other processes lost contact and left. Process 1 (pid " in err
+    assert "last reported step 1, phase 'data' (data loading), and is stopped by" in err
+
+
 def test_a_hang_that_stays_leaves_with_75(tmp_path):
     limits = {"data": 0.3, "wait": 0.3}
     code, _ = start(tmp_path, "sleep@0", hang_timeouts=limits, max_restarts=0)

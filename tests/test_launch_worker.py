@@ -9,12 +9,8 @@ import pytest
 
 from shardtrain.errors import DistributedError
 from shardtrain.launch import worker
-from shardtrain.launch.command import (
-    gpu_share,
-    visible_gpus,
-    worker_command,
-    worker_environment,
-)
+from shardtrain.launch.command import worker_command, worker_environment
+from shardtrain.launch.gpus import gpu_share, visible_gpus
 from shardtrain.launch.outcome import Exit, Generation, Restart, Stop, next_action
 from shardtrain.monitoring import PREEMPTED_EXIT_CODE, progress
 

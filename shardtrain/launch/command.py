@@ -15,6 +15,7 @@ from shardtrain.launch.environment import (
     DEVICES_VARIABLE,
     PROCESS_COUNT_VARIABLE,
 )
+from shardtrain.launch.gpus import gpu_share
 
 _PYTHON = re.compile(r"python(\d(\.\d+)?)?t?(\.exe)?$")
 
@@ -108,41 +109,6 @@ def worker_environment(
         variables.setdefault("JAX_PLATFORMS", "cpu")
         variables[DEVICES_VARIABLE] = str(devices_per_process)
     return variables
-
-
-def gpu_share(
-    gpus: Sequence[str], process_index: int, process_count: int, each: int | None
-) -> Sequence[str]:
-    """The GPUs of one process: `each` of them, or an equal share of all.
-
-    Example:
-      >>> gpu_share(["0", "1", "2", "3"], process_index=1, process_count=2, each=None)
-      ['2', '3']
-    """
-    if each is None and len(gpus) % process_count == 0:
-        each = len(gpus) // process_count
-    if each is None or each * process_count > len(gpus):
-        asked = f"{each} GPUs each" if each else "an equal share"
-        divisors = [n for n in range(1, len(gpus) + 1) if len(gpus) % n == 0]
-        raise DistributedError(
-            f"{process_count} processes cannot have {asked} of the {len(gpus)} visible GPUs. "
-            f"Possible process counts: {divisors}; or JAX_PLATFORMS=cpu for a simulation."
-        )
-    return gpus[process_index * each : (process_index + 1) * each]
-
-
-def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """NVIDIA GPUs workers may use; empty if JAX was told to use something else."""
-    if not environ.get("JAX_PLATFORMS", "cuda").startswith(("cuda", "gpu")):
-        return ()
-    if "CUDA_VISIBLE_DEVICES" in environ:
-        return tuple(p for p in environ["CUDA_VISIBLE_DEVICES"].split(",") if p.strip())
-    return tuple(str(i) for i in range(count_nvidia_devices()))
-
-
-def count_nvidia_devices() -> int:
-    """GPUs of this host, from the driver's device files (starts nothing)."""
-    return sum(re.fullmatch(r"nvidia\d+", p.name) is not None for p in Path("/dev").glob("nvidia*"))
 
 
 def free_port() -> int:

@@ -1,8 +1,6 @@
 """`st.init_distributed()`: make this process part of the run, or say in one sentence why not."""
 
-import ipaddress
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +11,10 @@ import jaxlib
 
 from shardtrain.compat import backends_started
 from shardtrain.errors import DistributedError
-from shardtrain.launch.command import count_nvidia_devices
+from shardtrain.launch.addresses import default_bind_address, refuse_loopback
 from shardtrain.launch.environment import ProcessLayout, detect_layout
-from shardtrain.launch.roll_call import roll_call, split_address
+from shardtrain.launch.gpus import count_nvidia_devices
+from shardtrain.launch.roll_call import roll_call
 from shardtrain.launch.worker import SUPERVISOR_VARIABLE, install_excepthook
 from shardtrain.monitoring.progress import Progress
 
@@ -161,66 +160,3 @@ def _join(
         heartbeat_timeout_seconds=heartbeat_timeout,
         coordinator_bind_address=bind_address,
     )
-
-
-def refuse_loopback(layout: ProcessLayout) -> None:
-    """A loopback coordinator cannot be reached from another host: every process would wait.
-
-    Raises:
-      DistributedError: processes are on several hosts and the coordinator is loopback, or resolves
-        to loopback on a host that is not the first.
-    """
-    assert layout.coordinator is not None
-    several = layout.host_count is not None and layout.host_count > 1
-    host, _ = split_address(layout.coordinator)
-    if not several or not is_loopback(host):
-        return
-    literal = host == "localhost" or _is_address(host)
-    if literal or layout.on_first_host is False:
-        what = "is" if literal else "resolves here to"
-        raise DistributedError(
-            f"{layout.process_count} processes run on {layout.host_count} hosts, but the "
-            f"coordinator {layout.coordinator} {what} a loopback address: each host would wait "
-            "for itself. Use a name or address of the first host that the others can reach; check "
-            "/etc/hosts for a line that maps the host name to 127.0.1.1."
-        )
-
-
-def default_bind_address(layout: ProcessLayout) -> str:
-    """Where process 0 listens: as little exposed as the layout allows.
-
-    Loopback if all processes are known to share this machine; else the address the coordinator's
-    name resolves to; all interfaces only if that is loopback (a common /etc/hosts entry).
-    """
-    assert layout.coordinator is not None
-    host, port = split_address(layout.coordinator)
-    if layout.process_index != 0:
-        return layout.coordinator  # never used: only process 0 listens
-    if layout.host_count == 1 or host == "localhost" or (_is_address(host) and is_loopback(host)):
-        return f"127.0.0.1:{port}"
-    address = _resolve(host)
-    if address is None or ipaddress.ip_address(address).is_loopback:
-        return f"[::]:{port}"
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host name or address leads back to this machine's loopback interface."""
-    address = _resolve(host)
-    return address is not None and ipaddress.ip_address(address).is_loopback
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _resolve(host: str) -> str | None:
-    """First address of a host, None if it is unknown (yet: pods get their names late)."""
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError:
-        return None

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardtrain.errors import DistributedError
+from shardtrain.launch.gpus import select_gpus
 from shardtrain.launch.slurm import first_host, tasks_per_node
 from shardtrain.monitoring.progress import PROCESS_INDEX_VARIABLE
 
@@ -153,7 +154,7 @@ def _openmpi(v: _Variables) -> ProcessLayout:
         )
     lines = ("mpirun --map-by ppr:1:node python train.py", "mpirun --map-by ppr:{gpus}:node ...")
     local_index = v.integer("OMPI_COMM_WORLD_LOCAL_RANK")
-    ids = _share_gpus(v.gpus(), None, local_index, local_count, "Open MPI", lines)
+    ids = select_gpus(v.gpus(), None, local_index, local_count, "Open MPI", lines)
     # A port from the job's name, so that two jobs on one host do not meet.
     job = v.environ.get("OMPI_MCA_ess_base_jobid") or v.environ.get("PMIX_NAMESPACE", "")
     coordinator = v.coordinator("127.0.0.1", _port(sum(job.encode())))
@@ -182,7 +183,7 @@ def _slurm(v: _Variables) -> ProcessLayout:
         f"srun --nodes={hosts} --ntasks-per-node={{gpus}} --gpus-per-node={{gpus}} python train.py",
     )
     on_node = v.integer("SLURM_GPUS_ON_NODE", 0) or None
-    ids = _share_gpus(v.gpus(), on_node, v.integer("SLURM_LOCALID", 0), tasks[node], "SLURM", lines)
+    ids = select_gpus(v.gpus(), on_node, v.integer("SLURM_LOCALID", 0), tasks[node], "SLURM", lines)
     first = first_host(v.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     port = _port(v.integer("SLURM_JOB_ID", 0) * 31 + v.integer("SLURM_STEP_ID"))
     return ProcessLayout(
@@ -194,33 +195,6 @@ def _slurm(v: _Variables) -> ProcessLayout:
         host_count=hosts,
         on_first_host=node == 0,
         local_device_ids=ids,
-    )
-
-
-def _share_gpus(
-    visible: int | None,
-    on_node: int | None,
-    local_index: int,
-    local_count: int,
-    title: str,
-    lines: tuple[str, str],
-) -> tuple[int, ...] | None:
-    """Which of the visible GPUs this process drives; None for all of them."""
-    if not visible:
-        return None
-    own = on_node is not None and visible * local_count == on_node
-    if own or (local_count == 1 and on_node in (None, visible)):
-        return None
-    if visible % local_count == 0 and on_node in (None, visible):
-        each = visible // local_count
-        return tuple(range(local_index * each, (local_index + 1) * each))
-    gpus = on_node or visible
-    allocated = f", {on_node} allocated on this node" if on_node else ""
-    raise DistributedError(
-        f"{title}: {local_count} processes on this node, each sees {visible} GPUs{allocated}: "
-        "these cannot be divided evenly. Start either one process per node, which drives all its "
-        f"GPUs:\n  {lines[0].format(gpus=gpus)}\nor one process per GPU:\n  "
-        f"{lines[1].format(gpus=gpus)}"
     )
 
 

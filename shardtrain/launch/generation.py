@@ -5,6 +5,7 @@ when `run_generation` returns or raises, nothing it started is alive.
 """
 
 import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,13 @@ from shardtrain.launch.command import free_port, worker_command, worker_environm
 from shardtrain.launch.outcome import Exit, Generation
 from shardtrain.launch.processes import Guardian, WorkerProcess
 from shardtrain.launch.stop_request import StopRequest
-from shardtrain.monitoring.hang import Hang, ProcessStatus, describe_hang, find_hang
+from shardtrain.monitoring.hang import (
+    Hang,
+    ProcessStatus,
+    describe_hang,
+    describe_lost,
+    find_hang,
+)
 from shardtrain.monitoring.progress import ProgressRecord, read_progress, write_record
 
 _POLL_SECONDS = 0.05
@@ -104,7 +111,7 @@ class _Watch:
         self._deadline = float("inf")
 
     def run(self) -> Generation:
-        hang, next_look, forwarded = None, 0.0, False
+        hang, lost, next_look, forwarded = None, None, 0.0, False
         while self._running and hang is None:
             self._reap()
             now = time.monotonic()
@@ -114,14 +121,18 @@ class _Watch:
                 for worker in self._running:
                     worker.send(signal.SIGTERM)
             if now >= self._deadline or len(self._stop.signals) > 1:
-                hang = self._left_behind()
+                lost = self._left_behind()
                 break
             if now >= next_look:
                 next_look = now + _HANG_LOOK_SECONDS
                 hang = find_hang(self._statuses(), self._settings.hang_timeouts)
             if self._running and hang is None:
                 time.sleep(_POLL_SECONDS)
-        return self._finish(hang)
+        if lost is not None:
+            return self._finish(lost, describe_lost(lost, self._dump_stacks()))
+        if hang is not None:
+            return self._finish(hang, describe_hang(hang, self._dump_stacks()))
+        return self._finish(None, None)
 
     def _reap(self) -> None:
         for worker in list(self._running):
@@ -156,10 +167,12 @@ class _Watch:
             if index not in self._seen or self._seen[index][0] != record:
                 self._seen[index] = (record, now)
             age = now - self._seen[index][1]
-            stopped = worker.is_stopped()
             rows.append(
-                ProcessStatus(index, record.phase, record.step, age, worker.pid, stopped=stopped)
-            )
+                ProcessStatus(
+                    index, record.phase, record.step, age, worker.pid,
+                    host=socket.gethostname(), stopped=worker.is_stopped(),
+                )
+            )  # fmt: skip
         return rows
 
     def _left_behind(self) -> Hang | None:
@@ -169,11 +182,8 @@ class _Watch:
         rows = tuple(self._statuses())
         return Hang(rows, rows)
 
-    def _finish(self, hang: Hang | None) -> Generation:
-        sentence = culprit = None
-        if hang is not None:
-            sentence = describe_hang(hang, self._dump_stacks())
-            culprit = hang.culprits[0].process_index if hang.culprits else None
+    def _finish(self, hang: Hang | None, sentence: str | None) -> Generation:
+        culprits = () if hang is None else hang.culprits
         records = [read_progress(self._directory, index) for index in range(self._count)]
         steps = [r.step for r in records if r is not None and r.step is not None]
         return Generation(
@@ -181,7 +191,7 @@ class _Watch:
             tuple(self._exits),
             step=max(steps, default=None),
             hang=sentence,
-            hang_process=culprit,
+            hang_process=culprits[0].process_index if culprits else None,
             stop_signal=self._stop.signals[0] if self._stop.signals else None,
         )
 

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shardtrain.errors import DistributedError, suggest
-from shardtrain.launch.command import visible_gpus, worker_command
+from shardtrain.launch.command import worker_command
 from shardtrain.launch.generation import LaunchSettings, run_generation
+from shardtrain.launch.gpus import visible_gpus
 from shardtrain.launch.outcome import Generation, Restart, Stop, describe_exit, next_action
 from shardtrain.launch.processes import Guardian
 from shardtrain.launch.stop_request import StopRequest

@@ -133,13 +133,7 @@ phase 'wait' (waiting for the device).
     for phase in dict.fromkeys(s.phase for s in others):
         who = name_processes([s.process_index for s in others if s.phase == phase])
         sentences.append(f"{who} in phase '{phase}' ({PHASES[phase]}).")
-    for status in hang.culprits:
-        step = "no step yet" if status.step is None else f"step {status.step}"
-        held = ", and is stopped by a signal or debugger" if status.stopped else ""
-        sentences.append(
-            f"Process {status.process_index} (pid {status.pid} on {status.host}) last reported "
-            f"{step}, phase '{status.phase}' ({PHASES[status.phase]}){held}."
-        )
+    sentences += [_last_report(status) for status in hang.culprits]
     if not hang.culprits and len(hang.statuses) > 1:
         sentences.append(
             "No process is behind: a collective does not complete, because the processes run "
@@ -148,6 +142,21 @@ phase 'wait' (waiting for the device).
     if stacks is not None:
         sentences.append(f"Stacks of all threads: {stacks}.")
     return " ".join(sentences)
+
+
+def describe_lost(hang: Hang, stacks: str) -> str:
+    """The same for processes that are still there after all others lost contact and left."""
+    lost = " ".join(_last_report(status) for status in hang.statuses)
+    return f"The other processes lost contact and left. {lost} Stacks of all threads: {stacks}."
+
+
+def _last_report(status: ProcessStatus) -> str:
+    step = "no step yet" if status.step is None else f"step {status.step}"
+    held = ", and is stopped by a signal or debugger" if status.stopped else ""
+    return (
+        f"Process {status.process_index} (pid {status.pid} on {status.host}) last reported "
+        f"{step}, phase '{status.phase}' ({PHASES[status.phase]}){held}."
+    )
 
 
 def name_processes(indices: Sequence[int]) -> str:

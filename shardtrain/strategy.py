@@ -146,6 +146,8 @@ class Strategy:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise StrategyError(f"not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise StrategyError(f"not a JSON object of strategy fields: {text}")
         for name in values:
             _known_field(name)
         for name in ("sync", "compression"):
@@ -163,7 +165,7 @@ class FrozenDict(dict):
     def _frozen(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a Strategy is frozen: use strategy.replace(...)")
 
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore[assignment]
+    __ior__ = __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore[assignment]
 
     def __reduce__(self) -> Any:
         return (FrozenDict, (dict(self),))
@@ -250,7 +252,7 @@ def _check(s: Strategy) -> None:
     if list(s.sizes.values()).count(-1) > 1:
         filled = [n for n, size in s.sizes.items() if size == -1]
         raise StrategyError(f"only one axis size may be -1, found {', '.join(filled)}")
-    if s.zero not in (0, 1, 2, 3):
+    if isinstance(s.zero, bool) or s.zero not in (0, 1, 2, 3):
         raise StrategyError(f"zero={s.zero!r} is not 0, 1, 2 or 3")
     for name in ("num_microbatches", "virtual_stages"):
         value = getattr(s, name)
@@ -259,11 +261,17 @@ def _check(s: Strategy) -> None:
     _choice("schedule", s.schedule, SCHEDULES)
     _choice("remat", s.remat, REMAT)
     _choice("precision", s.precision, PRECISIONS)
-    if s.max_grad_norm is not None and not s.max_grad_norm > 0:
+    for name in ("sequence_parallel", "offload", "equal_microbatches"):
+        if not isinstance(getattr(s, name), bool):
+            raise StrategyError(f"{name}={getattr(s, name)!r} is not True or False")
+    norm = s.max_grad_norm
+    if norm is not None and not (isinstance(norm, int | float) and norm > 0):
         raise StrategyError(f"max_grad_norm={s.max_grad_norm!r} is not a number > 0, or None")
     for name, size in s.dcn.items():
         if name not in AXES:
             raise StrategyError(f"dcn axis {name!r} is not a mesh axis: {suggest(name, AXES)}")
         total = s.sizes[name]
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise StrategyError(f"dcn {name}={size!r} is not a whole number >= 1")
         if size < 1 or (total != -1 and total % size):
             raise StrategyError(f"dcn {name}={size} does not divide {name}={total}")

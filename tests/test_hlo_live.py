@@ -327,3 +327,33 @@ def test_activations_reduced_on_the_way_are_not_named_after_a_parameter():
     assert {c.parameter for c in found if c.axes == ("tensor",)} == {""}
     named = {name for c in found if c.axes == ("data",) for name in c.parameter.split(" + ")}
     assert named == {"params['up']", "params['down']"}
+
+
+@pytest.mark.parametrize(("remat", "per_layer"), [(False, 4), (True, 5)])
+def test_transformer_layers_reduce_four_times_and_five_with_full_remat(remat, per_layer):
+    mesh, layers, width, heads = make_mesh((8,), ("tensor",)), 3, 64, 8
+    weights = {n: abstract(mesh, (layers, width, heads, 8), None, None, "tensor") for n in "qkv"}
+    weights["o"] = abstract(mesh, (layers, heads, 8, width), None, "tensor")
+    weights["up"] = abstract(mesh, (layers, width, 256), None, None, "tensor")
+    weights["down"] = abstract(mesh, (layers, 256, width), None, "tensor")
+
+    def normed(x):
+        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+    def layer(x, w):
+        q, k, v = (jnp.einsum("bsd,dhk->bshk", normed(x), w[name]) for name in "qkv")
+        scores = jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", q, k))
+        x = x + jnp.einsum("bhqs,bshk,hkd->bqd", scores, v, w["o"])
+        return x + jax.nn.gelu(normed(x) @ w["up"]) @ w["down"], None
+
+    def loss(weights, x):
+        body = jax.checkpoint(layer) if remat else layer
+        return jnp.mean(jax.lax.scan(body, x, weights)[0] ** 2)
+
+    found = collectives_of(
+        jax.jit(jax.grad(loss)).lower(weights, abstract(mesh, (4, 32, width))).compile(), mesh
+    )
+    assert_collectives(found, {("all-reduce", "tensor"): per_layer * layers})
+    # The CPU compiler reduces the gradients of q, k and v unsummed: two activations more per layer.
+    activation = 4 * 4 * 32 * width
+    assert total_bytes(found) == (per_layer + 2) * layers * activation

@@ -107,14 +107,19 @@ def assert_same_bits(got, want):
         assert bits(a) == bits(b), jax.tree_util.keystr(path)
 
 
-def state_of(step):
+def host_state_of(step):
     """A state that is a function of its step, so that any mix-up shows."""
     rng = np.random.default_rng(step)
     params = {
         "w": rng.normal(size=(8, 1024)).astype(np.float32),
         "b": rng.normal(size=64).astype(np.float32),
     }
-    return put(State(np.int32(step), params, (), jax.random.key(step), None), make_mesh(4, 2))
+    return State(np.int32(step), params, (), jax.random.key(step), None)
+
+
+def state_of(step):
+    """`host_state_of(step)` on eight devices, and its plan."""
+    return put(host_state_of(step), make_mesh(4, 2))
 
 
 def plan():

@@ -24,6 +24,7 @@ from checkpoint_states import (
 from hypothesis import given, settings
 from hypothesis import strategies as hst
 
+import shardtrain
 from shardtrain.checkpoint import Checkpointer
 from shardtrain.checkpoint import leaves as leaves_module
 from shardtrain.errors import CheckpointError, RestoreMismatch
@@ -364,7 +365,8 @@ def run_script(body, directory):
         text=True,
         timeout=120,
         check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(shardtrain.__file__).parents[1])},
     )
 
 

@@ -16,6 +16,7 @@ from checkpoint_states import assert_same_bits, plan, state_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hst
 
+import shardtrain
 from shardtrain.checkpoint import Checkpointer, inspect, manifest, restore, store
 from shardtrain.errors import CheckpointError
 
@@ -219,6 +220,7 @@ PRELUDE = """
 
 
 CHILD = {
+    "PYTHONPATH": str(Path(shardtrain.__file__).parents[1]),
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -22,7 +22,9 @@ def from_first(value: int) -> int:
     """The value that process 0 has."""
     if jax.process_count() == 1:
         return value
-    return int(multihost_utils.broadcast_one_to_all(np.int64(value).view(np.int32)).view(np.int64))
+    halves = np.array([value], np.int64).view(np.int32)  # jax would cut 64 bits to 32
+    agreed = np.asarray(multihost_utils.broadcast_one_to_all(halves))
+    return int(agreed.view(np.int64)[0])
 
 
 def on_first(action: Callable[[], object]) -> None:

@@ -86,7 +86,7 @@ class ConsoleProgress(Callback):
 
     def on_checkpoint(self, step: int) -> None:
         """Say that a step is being written."""
-        if self._bar is None:
+        if self._bar is None and self._run.directory is not None:
             self._print(f"step {step}: checkpoint is being written in the background")
 
     def on_end(self, result: Any) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 _EXPORTS = {
     "loss_figure": "loss",
+    "memory_figure": "memory",
     "memory_text": "text",
+    "mesh_figure": "mesh",
     "mesh_text": "text",
+    "parameters_figure": "parameters",
     "save": "loss",
 }
 """Public name -> the module that defines it."""

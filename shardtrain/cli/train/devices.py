@@ -72,7 +72,7 @@ def default_strategy(is_virtual: bool, num_devices: int) -> Strategy:
 
 def use_compile_cache() -> str:
     """Keep compiled programs on disk, so that the second run starts at once; returns where."""
-    chosen = jax.config.read("jax_compilation_cache_dir")
+    chosen = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  (no static attribute)
     if not chosen:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         chosen = Path(home, "shardtrain", "xla")

@@ -8,7 +8,14 @@ from itertools import pairwise
 
 from shardtrain.partitioning.infer.table import AxisTable
 
-_OUTERMOST_INDEX = re.compile(r"(^|/|_)\d+(?=/|$)")
+# Axes that divide but are not worth it: sharded only when the user asks.
+_AVOIDED = {
+    "embed": "the residual stream: sharding it would all-reduce every projection",
+    "head_dim": "splitting a head would all-reduce attention scores",
+    "position": "a table of positions is small",
+    "router": "experts are ranked together",
+}
+_OUTERMOST_INDEX = re.compile(r"(^|/|_)\d+(?=/|_|$)")
 
 
 def wildcard(path: str) -> str:
@@ -24,6 +31,7 @@ class Group:
     name: str
     size: int
     blocked: str = ""  # why it can never be sharded
+    avoided: str = ""  # why it is only sharded when the user asks
     flops: float = 0.0  # of contractions it divides
     param_bytes: float = 0.0  # of parameters it divides
     gathered: float = 0.0  # bytes gathered for operations that need it whole
@@ -165,15 +173,16 @@ def _groups(
         group_of[c] = g
         groups[g].classes = (*groups[g].classes, c)
         groups[g].blocked = groups[g].blocked or blocked.get(c, "")
-    _block_convolutions(table, groups, group_of)
+        groups[g].avoided = groups[g].avoided or _AVOIDED.get(table.names[c], "")
+    _avoid_convolutions(table, groups, group_of)
     return groups, group_of
 
 
-def _block_convolutions(table: AxisTable, groups: list[Group], group_of: dict[int, int]) -> None:
+def _avoid_convolutions(table: AxisTable, groups: list[Group], group_of: dict[int, int]) -> None:
     """Feature maps are large and kernels small: channels are not worth an all-reduce each."""
     roots = table.graph.atoms.roots
     for c in table.graph.contractions:
         if c.kind == "conv":
             for r in roots([a for side in c.weight or () for a in side]):
-                if r in group_of and not groups[group_of[r]].blocked:
-                    groups[group_of[r]].blocked = "channels of a convolution"
+                if r in group_of and not groups[group_of[r]].avoided:
+                    groups[group_of[r]].avoided = "channels of a convolution"

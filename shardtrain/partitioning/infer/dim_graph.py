@@ -105,6 +105,8 @@ class DimGraph:
     indexed: list[tuple[Dim, bool, bool]] = field(default_factory=list)  # dim; table, index of data
     scanned: list[Dim] = field(default_factory=list)  # lengths of scans
     residual: list[Dim] = field(default_factory=list)  # last dims of additions of two data values
+    ranked: list[Dim] = field(default_factory=list)  # dims of a top-k
+    spatial: list[Dims] = field(default_factory=list)  # spatial dims of convolution results
     grouped: list[Dim] = field(default_factory=list)  # group dims of ragged dots
 
 

@@ -111,8 +111,10 @@ def _whole(costs: Costs, row: AxisRow, n: int) -> str:
 def _why_not(g: Group, n: int) -> str:
     if g.blocked:
         return g.blocked
-    if g.size % n:
+    if g.size % n and not g.avoided:
         return f"{g.size} is not divisible by tensor={n}"
+    if g.avoided:
+        return g.avoided
     return "sharding it would send more than it saves"
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from shardtrain.partitioning.infer.dim_graph import Contraction, DimGraph, Dims
 
+# Names that stay when a dim is cut: a part of a sequence is a sequence.
+_WHOLE = ("sequence", "batch", "embed", "head_dim", "vocab", "height", "width")
+_SPATIAL = ("depth", "height", "width")
 Leaf = tuple[str, Any, Dims]  # path, abstract array, dims
 
 
@@ -18,11 +21,20 @@ class Namer:
         self.names: dict[int, str] = {}
         self.roots = graph.atoms.roots
         self.in_params = Counter(r for _, _, dims in params for d in dims for r in self.roots(d))
+        self.linked = self._linked_to_params()
+        self.inner: dict[int, set[int]] = {}  # inner factor of a parameter's dim → the one before
+        for dim in (self.roots(d) for _, _, dims in params for d in dims):
+            for i in range(1, len(dim) - 1):
+                self.inner.setdefault(dim[i], set()).add(dim[i - 1])
 
     def run(self) -> dict[int, str]:
         """Class → name, for all classes of parameters and inputs."""
-        for path, array, dims in self.inputs:
-            self._input(path, array, dims)
+        for _, array, dims in self.inputs:
+            self._input(array, dims)
+        for dims in self.graph.spatial:
+            names = {1: ("sequence",), 2: ("height", "width")}.get(len(dims), _SPATIAL)
+            for dim, name in zip(dims, names, strict=False):
+                self._name(self.roots(dim), name)
         for dim in self.graph.scanned:
             self._name((r for r in self.roots(dim) if self.in_params[r]), "layers")
         self._looked_up_tables()
@@ -38,11 +50,20 @@ class Namer:
         self._distinct()
         return self.names
 
+    def _linked_to_params(self) -> set[int]:
+        """Classes of parameters, and those cut from or glued of them."""
+        ends = [(self.roots(x.whole)[0], self.roots(x.part)[0]) for x in self.graph.links]
+        found, before = {r for r in self.in_params if r >= 0}, -1
+        while len(found) != before:
+            before = len(found)
+            found |= {x for a, b in ends for x in (a, b) if a in found or b in found}
+        return found
+
     def _name(self, roots: Iterable[int], name: str) -> None:
         for r in roots:
             self.names.setdefault(r, name)
 
-    def _input(self, path: str, array: Any, dims: Dims) -> None:
+    def _input(self, array: Any, dims: Dims) -> None:
         if not dims:
             return
         kind = getattr(array.dtype, "kind", "V")
@@ -52,7 +73,6 @@ class Namer:
             names = ["batch", "sequence", "sequence", "sequence"]
         for dim, name in zip(dims, names, strict=False):
             self._name(self.roots(dim)[:1], name)
-        del path
 
     def _looked_up_tables(self) -> None:
         for dim, of_data, by_data in self.graph.indexed:
@@ -66,13 +86,21 @@ class Namer:
         if not (c.lhs_data and c.rhs_data) or not any(self._is(r, "batch") for r in shared):
             return
         contracted = self.roots(c.contracted)
-        free = (*self.roots(c.lhs_free), *self.roots(c.rhs_free))
+        free = self.roots(c.lhs_free), self.roots(c.rhs_free)
         self._name((r for r in shared if self.in_params[r]), "heads")
-        self._name((r for r in contracted if not self.in_params[r]), "sequence")
-        self._name((r for r in free if not self.in_params[r]), "sequence")
-        if any(self._is(r, "heads") for r in shared):
-            rest = (r for r in (*contracted, *free) if self.in_params[r])
-            self._name((r for r in rest if not self._minor_of_heads(r)), "head_dim")
+        self._name(set(free[0]) & set(free[1]), "sequence")  # every query with every key
+        rest = [r for r in (*contracted, *free[0], *free[1]) if not self._minor_of_heads(r)]
+        of_heads = any(self._is(r, "heads") for r in shared)
+        scores = all(any(self._is(r, "sequence") for r in f) for f in free)
+        if scores and not of_heads:  # one key head: the query heads are a free dim
+            queries = [r for f in free for r in f if self.in_params[r]]
+            self._name((r for r in queries if r not in self.names), "heads")
+            of_heads = bool(queries)
+        for r in rest:
+            if r not in self.linked:
+                self._name([r], "sequence")
+            elif of_heads:
+                self._name([r], "head_dim")
 
     def _is(self, root: int, name: str) -> bool:
         return self.names.get(root) == name
@@ -86,12 +114,7 @@ class Namer:
 
     def _minor_of_heads(self, root: int) -> bool:
         """A factor right after the kv heads and before another factor: queries per kv head."""
-        for _, _, dims in self.params:
-            for roots in map(self.roots, dims):
-                for i in range(1, len(roots) - 1):
-                    if roots[i] == root and self._is(roots[i - 1], "heads"):
-                        return True
-        return False
+        return any(self._is(major, "heads") for major in self.inner.get(root, ()))
 
     def _grouped_queries(self) -> None:
         for major, minor in self._pairs():
@@ -116,6 +139,11 @@ class Namer:
         for c in self.graph.contractions:
             if c.lhs_data != c.rhs_data:
                 self._name((r for r in self.roots(c.batch) if self.in_params[r]), "expert")
+        sizes = {self.graph.atoms.size[r] for r, n in self.names.items() if n == "expert"}
+        for dim in self.graph.ranked:
+            for r in self.roots(dim):
+                if self.in_params[r] and self.graph.atoms.size[r] in sizes:
+                    self._name([r], "router")
 
     def _embed(self) -> None:
         """The residual stream: the class most parameters touch, and the rows of the vocabulary."""
@@ -124,20 +152,26 @@ class Namer:
             if len(where) == 2 and where[0] and self._is(where[0][0], "vocab"):
                 self._name(where[1], "embed")
         added = {r for dim in self.graph.residual for r in self.roots(dim)[:1]}
-        found = [(self.in_params[r], r) for r in added if self.in_params[r] and r not in self.names]
+        taken, made = self._weights()
+        found = [(taken[r] + made[r], r) for r in added if taken[r] + made[r] > 3]
+        found = [(n, r) for n, r in found if r not in self.names]
         if found and "embed" not in self.names.values():
             self._name([max(found)[1]], "embed")
 
     def _weights(self) -> tuple[Counter, Counter]:
-        """How often each class is contracted with, and produced by, a weight in a dot."""
+        """How many weights contract with each class, and how many produce it, going forward."""
         taken, made = Counter(), Counter()
+        seen: set[int] = set()
         for c in self.graph.contractions:
-            if c.weight and c.kind != "conv":
+            if c.weight and c.kind != "conv" and not seen & {*c.weight[0], *c.weight[1]}:
+                # The backward pass uses each weight the other way round, later.
+                seen.update(c.weight[0], c.weight[1])
                 taken.update(self.roots(c.weight[0]))
                 made.update(self.roots(c.weight[1]))
         return taken, made
 
     def _hidden(self) -> None:
+        """Produced by one weight and contracted with another."""
         taken, made = self._weights()
         self._name((r for r in made if taken[r] and self.in_params[r]), "mlp")
 
@@ -163,20 +197,20 @@ class Namer:
                 self._name((r for roots in blocked for r in roots), "window")
 
     def _fused(self) -> None:
-        """A dim that is cut into (or glued from) named dims."""
-        ends: dict[int, list[str]] = {}
-        for link in self.graph.links:
-            whole, part = self.roots(link.whole)[0], self.roots(link.part)[0]
-            if part in self.names:
-                ends.setdefault(whole, []).append(self.names[part])
-            if whole in self.names:
-                ends.setdefault(part, []).append(self.names[whole])
-        for root, names in ends.items():
-            common, _ = Counter(n.removeprefix("fused_") for n in names).most_common(1)[0]
-            plain = common in ("sequence", "batch", "embed", "head_dim", "vocab")
-            name = common if plain else f"fused_{common}"
-            if self.in_params[root] or plain:
-                self._name([root], name)
+        """A dim that is cut into (or glued from) named dims, through any number of cuts."""
+        before = -1
+        while before != len(self.names):
+            before = len(self.names)
+            ends: dict[int, list[str]] = {}
+            for link in self.graph.links:
+                whole, part = self.roots(link.whole)[0], self.roots(link.part)[0]
+                for here, there in ((whole, part), (part, whole)):
+                    if there in self.names and here not in self.names:
+                        ends.setdefault(here, []).append(self.names[there])
+            for root, names in ends.items():
+                common, _ = Counter(names).most_common(1)[0]
+                plain = common.startswith("fused") or common in _WHOLE
+                self.names[root] = common if plain else f"fused_{common}"
 
     def _distinct(self) -> None:
         """Two classes of one array never share a name; nameless ones are numbered."""
@@ -186,10 +220,13 @@ class Namer:
                 if r not in self.names:
                     self.names[r] = f"axis{number}"
                     number += 1
+        met: dict[int, set[int]] = {}
         for _, _, dims in self.params:
-            seen: dict[str, int] = {}
-            for r in dict.fromkeys(r for d in dims for r in self.roots(d)):
-                base, count = self.names[r].split("__")[0], 2
-                while seen.setdefault(self.names[r], r) != r:
-                    self.names[r] = f"{base}_{count}"
-                    count += 1
+            roots = {r for d in dims for r in self.roots(d)}
+            for r in roots:
+                met.setdefault(r, set()).update(roots - {r})
+        for r in sorted(met):
+            base, count = self.names[r], 1
+            while self.names[r] in {self.names[o] for o in met[r] if o < r}:
+                count += 1
+                self.names[r] = f"{base}_{count}"

@@ -36,8 +36,13 @@ class Option:
         return any(tuple(dim[i : i + k]) == self.groups for i in range(len(dim) - k + 1))
 
 
-def options(table: AxisTable, costs: Costs, n: int, taken: frozenset[int]) -> list[Option]:
-    """Every choice that divides; groups in `taken` belong to another mesh axis."""
+def options(
+    table: AxisTable, costs: Costs, n: int, taken: frozenset[int], wanted: Mapping[str, str | None]
+) -> list[Option]:
+    """Every choice that divides.
+
+    Groups in `taken` belong to another mesh axis; avoided groups are choices only when `wanted`.
+    """
     if n == 1:
         return []
     found = [
@@ -45,14 +50,22 @@ def options(table: AxisTable, costs: Costs, n: int, taken: frozenset[int]) -> li
             (i,), g.name, g.flops, g.param_bytes, g.gathered, f"{g.name} ({wildcard(g.paths[0])})"
         )
         for i, g in enumerate(costs.groups)
-        if not g.blocked and g.size % n == 0 and i not in taken and g.paths
+        if g.size % n == 0 and i not in taken and _is_candidate(g, wanted)
     ]
     pairs = {(costs.group_of[a], costs.group_of[b]) for a, b in costs.products}
     for a, b in sorted(pairs):
         one, two = costs.groups[a], costs.groups[b]
-        if not one.blocked and not two.blocked and _completes(one, two, n):
+        unfit = one.blocked or two.blocked or one.avoided or two.avoided
+        if not unfit and _completes(one, two, n):
             found.append(_product(table, costs, a, b))
     return found
+
+
+def _is_candidate(g: Group, wanted: Mapping[str, str | None]) -> bool:
+    """It divides work, or rows of a table; or the user wants it."""
+    if not g.paths or g.blocked:
+        return False
+    return wanted.get(g.name) == "tensor" or (not g.avoided and (g.flops > 0 or g.name == "vocab"))
 
 
 def _label(g: Group) -> str:

@@ -98,6 +98,7 @@ def conv_general_dilated(site: Site, ins: list[Dims]) -> list[Dims]:
         out[c] = out[c] or site.fresh(site.out_shape()[c])
         for dim in (lhs[a], rhs[b], out[c]):
             site.block(dim, "a spatial dim of a convolution")
+    site.graph.spatial.append([out[c] for c in o[2:]])
     out[o[0]], out[o[1]] = lhs[left[0]], rhs[right[0]]
     groups = site.params["feature_group_count"], site.params["batch_group_count"]
     if groups != (1, 1):

@@ -156,6 +156,7 @@ def top_k(site: Site, ins: list[Dims]) -> list[Dims]:
     """The sorted dim is gathered; the k results are a new dim."""
     axis = site.params.get("axis", site.params.get("reduction_dimension", -1)) % len(ins[0])
     site.need_whole(ins[0][axis], site.in_bytes(), "top-k along the dim")
+    site.graph.ranked.append(ins[0][axis])
     out = list(ins[0])
     out[axis] = site.fresh(site.out_shape()[axis])
     return [out, out]

@@ -67,7 +67,7 @@ def solve(
     n = mesh_axes.get("tensor", 1)
     by_name, by_path = fixed_choices(table, fixed or {})
     expert = _simple_axis(costs, "expert", mesh_axes.get("expert", 1), by_name)
-    found = options(table, costs, n, taken=expert)
+    found = options(table, costs, n, expert, by_name)
     forced = _forced(found, costs, by_name, n)
     chosen = choose(costs, found, n, comm_weight, forced) or []
     second = choose(costs, found, n, comm_weight, forced, forbid=chosen) if chosen else None
@@ -186,8 +186,14 @@ def _worth(costs: Costs, solution: Solution, n: int) -> list[str]:
         return []
     if "tensor" not in solution.sharded.values():
         return [f"nothing shards over tensor={n}: tensor=1 with more data or fsdp is better"]
+    if solution.flops_share > 1 - 0.2 * (n - 1) / n:
+        done = round(100 * (1 - solution.flops_share) * n / (n - 1))
+        return [
+            f"only {done}% of the contraction work is divided by tensor={n}: tensor=1 with more"
+            " data or fsdp is better"
+        ]
     saved = (1 - solution.flops_share) * costs.total_flops
-    if solution.predicted_bytes * TYPICAL_FLOPS_PER_BYTE * 1.0 > saved:
+    if solution.predicted_bytes * TYPICAL_FLOPS_PER_BYTE > saved:
         return [
             f"at these sizes tensor={n} sends {solution.predicted_bytes / 1e6:.1f} MB to save"
             f" {saved / 1e9:.2f} GFLOP on each device: tensor=1 is likely faster"

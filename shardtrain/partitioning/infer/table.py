@@ -116,7 +116,8 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, grad: bool = Tru
             leaves.append((path, array, dims))
             graph.arrays.append((dims, array.size * array.dtype.itemsize))
             ins.append(Traced(dims, data))
-    outs = Walk(graph).run(program.jaxpr, ins, "<unknown>", 1.0)
+    batch = [dims for _, _, dims in leaves[len(program.params) :] if dims]
+    outs = Walk(graph, batch).run(program.jaxpr, ins, "<unknown>", 1.0)
     if program.has_gradient:
         _tie_gradients(graph, ins, leaves, outs, len(program.params))
     count = len(program.params)

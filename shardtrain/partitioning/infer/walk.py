@@ -1,6 +1,7 @@
 """Interprets a jaxpr over dims: control flow, calls, and the bookkeeping of partial sums."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from shardtrain.partitioning.infer.primitive_names import CALLS, body_of
 from shardtrain.partitioning.infer.primitives_contract import CONTRACT_RULES
 from shardtrain.partitioning.infer.primitives_shape import SHAPE_RULES
 
+_EACH_STEP = "it would be all-reduced in every step of a recurrence"
 RULES = SHAPE_RULES | CONTRACT_RULES
 _KEEP_PARTIAL = frozenset(
     {"convert_element_type", "reshape", "transpose", "squeeze", "neg", "copy", "copy_p", "name"}
@@ -30,8 +32,9 @@ class Traced:
 class Walk:
     """One pass over a program, filling a `DimGraph`."""
 
-    def __init__(self, graph: DimGraph) -> None:
+    def __init__(self, graph: DimGraph, inputs: Sequence[Dims] = ()) -> None:
         self.graph = graph
+        self.inputs = inputs
 
     def run(self, jaxpr: Any, ins: list[Traced], outer: str, times: float) -> list[Traced]:
         """Interpret a (closed) jaxpr.
@@ -114,12 +117,24 @@ class Walk:
         data = any(a.data for a in args)
         inner = [Traced(c.dims, c.data or data) for c in carry]
         inner += [Traced(x.dims[1:], x.data) for x in xs]
+        before = len(self.graph.partials)
         outs = self.run(
             p["jaxpr"], [*args[:first], *inner], site.source, site.times * max(1, p["length"])
         )
         self._tie(site, carry, outs)
+        if self._is_recurrent(length, carry):
+            for partial in self.graph.partials[before:]:
+                site.block([a for t in partial.terms for a in t], _EACH_STEP)
         ys = [Traced([length, *y.dims], y.data) for y in outs[len(carry) :]]
         return [*(Traced(c.dims, data) for c in carry), *ys]
+
+    def _is_recurrent(self, length: Sequence[int], carry: list[Traced]) -> bool:
+        """A loop over a dim of the inputs that carries examples, as an RNN over time does."""
+        roots = self.graph.atoms.roots
+        carried = {r for c in carry for d in c.dims for r in roots(d)}
+        batch = {r for d in self.inputs for r in roots(d[0])}
+        times = {r for d in self.inputs for dim in d[1:] for r in roots(dim)}
+        return bool(batch & carried) and bool(times & set(roots(length)))
 
     def _tie(self, site: Site, before: list[Traced], after: list[Traced]) -> None:
         """What comes around a loop has the dims of what went in."""

@@ -15,6 +15,7 @@ from shardtrain.launch.addresses import (
     default_bind_address,
     is_loopback,
     refuse_loopback,
+    require_own_name,
     split_address,
 )
 from shardtrain.launch.command import free_port
@@ -149,6 +150,13 @@ def test_a_host_name_that_is_loopback_is_refused_only_away_from_that_host(monkey
     with pytest.raises(DistributedError, match="gpu007:1 resolves here to a loopback address"):
         refuse_loopback(layout("gpu007:1", first=False))
     assert default_bind_address(layout("gpu007:1")) == "[::]:1"
+
+
+def test_a_machine_that_does_not_know_its_own_name_is_told_so(monkeypatch):
+    require_own_name("localhost")
+    monkeypatch.setattr("shardtrain.launch.addresses._resolve", lambda host: None)
+    with pytest.raises(DistributedError, match=r"hosts: 127\.0\.0\.1 gpu007"):
+        require_own_name("gpu007")
 
 
 def test_the_coordinator_is_exposed_as_little_as_possible(monkeypatch):

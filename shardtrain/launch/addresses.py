@@ -43,6 +43,19 @@ def refuse_loopback(layout: ProcessLayout) -> None:
         )
 
 
+def require_own_name(host: str) -> None:
+    """Gloo, which joins CPU devices, listens on what this machine's own name resolves to.
+
+    Raises:
+      DistributedError: the name does not resolve; gloo would fail with a bare number.
+    """
+    if _resolve(host) is None:
+        raise DistributedError(
+            f"this machine's own name {host!r} does not resolve, and CPU processes are joined "
+            f"through it. Add a line to /etc/hosts: 127.0.0.1 {host}"
+        )
+
+
 def default_bind_address(layout: ProcessLayout) -> str:
     """Where process 0 listens: as little exposed as the layout allows.
 

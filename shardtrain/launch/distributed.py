@@ -1,6 +1,7 @@
 """`st.init_distributed()`: make this process part of the run, or say in one sentence why not."""
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,11 @@ import jaxlib
 
 from shardtrain.compat import backends_started
 from shardtrain.errors import DistributedError
-from shardtrain.launch.addresses import default_bind_address, refuse_loopback
+from shardtrain.launch.addresses import (
+    default_bind_address,
+    refuse_loopback,
+    require_own_name,
+)
 from shardtrain.launch.environment import ProcessLayout, detect_layout
 from shardtrain.launch.gpus import count_nvidia_devices
 from shardtrain.launch.roll_call import roll_call
@@ -134,6 +139,8 @@ def _join(
 ) -> None:
     assert layout.coordinator is not None, "several processes always have one"
     refuse_loopback(layout)
+    if (getattr(jax.config, "jax_platforms", None) or "").startswith("cpu"):
+        require_own_name(socket.gethostname())
     bind_address = bind_address or default_bind_address(layout)
     started = time.monotonic()
     roll_call(

@@ -91,7 +91,7 @@ class VerifyReport:
     @property
     def worst(self) -> Difference:
         """The largest error relative to its tolerance."""
-        return max(self.differences, key=lambda d: math.inf if not d.error >= 0 else d.error)
+        return max(self.differences, key=lambda d: d.error / d.tolerance)
 
     def raise_if_failed(self) -> None:
         """For tests.

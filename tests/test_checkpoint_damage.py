@@ -295,3 +295,13 @@ def test_kill_9_during_saves_loses_nothing_that_was_reported(tmp_path, delay):
     with Checkpointer(tmp_path, plan(), max_to_keep=2) as checkpointer:
         checkpointer.save(state_of(step + 1)[0])
     assert restored_step(tmp_path) == step + 1
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(run):
+    part = run / "3" / "shardtrain" / "files-00000-of-00001.json"
+    files = manifest._read(part)["files"] | {"../../../etc/passwd": [1, 2]}
+    manifest._write(part, {"files": files})
+    assert manifest.problems(run / "3") == [
+        "the manifest names a file outside of the step: '../../../etc/passwd'"
+    ]
+    assert restored_step(run) == 2

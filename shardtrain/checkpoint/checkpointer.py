@@ -7,30 +7,33 @@ renamed and the one before it is tried.
 """
 
 import concurrent.futures
-import dataclasses
 import json
 import logging
 import os
-import platform
 import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from shardtrain.checkpoint import agreement, leaves, manifest, steps, store
-from shardtrain.checkpoint.compare import require_same
+from shardtrain.checkpoint import (
+    agreement,
+    commit,
+    leaves,
+    loading,
+    manifest,
+    run_directory,
+    steps,
+    store,
+)
 from shardtrain.checkpoint.describe import describe_mesh, human_bytes, mesh_of, reason
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
 from shardtrain.errors import CheckpointError
 
 _LOG = logging.getLogger("shardtrain.checkpoint")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class CheckpointPlan(Protocol):
@@ -113,8 +116,10 @@ class Checkpointer:
         self._prepare(infos)
         hashes = fingerprint(named)
         if not self._already_saved(step, hashes):
-            self._make_room(step)
-            header = self._header(step, infos, _json(extra or {}))
+            run_directory.make_room(self.directory, step, self._warn)
+            header = commit.header_of(
+                step, infos, self._abstract(), self._described(), _json(extra or {})
+            )
             path = steps.step_path(self.directory, step)
             handle = store.save_async(path, leaves.to_arrays(named), self._timeout)
             copied = time.monotonic() - started
@@ -126,14 +131,11 @@ class Checkpointer:
         """Once, before the first save: a shared directory of this very model, swept clean."""
         if self._prepared:
             return
-        agreement.on_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
-        agreement.require_shared(self.directory)
-        existing = steps.committed(self.directory)
-        if existing:
-            path = steps.step_path(self.directory, existing[-1])
-            self._require_same(manifest.read_header(path), infos, path)
-        agreement.barrier("shardtrain checkpoint compared")
-        agreement.on_first(lambda: steps.remove_leftovers(self.directory))
+        existing = run_directory.prepare(self.directory)
+        if existing is not None:
+            path = steps.step_path(self.directory, existing)
+            loading.require_fit(path, infos, self._described())
+        run_directory.sweep(self.directory)
         self._prepared = True
 
     def _already_saved(self, step: int, hashes: Mapping[str, Any]) -> bool:
@@ -146,62 +148,19 @@ class Checkpointer:
             self._report(f"checkpoint {step} is already there, with the same values")
         return same
 
-    def _make_room(self, step: int) -> None:
-        """Steps from `step` on belong to a future that this run does not have: set them aside."""
-
-        def move() -> None:
-            for later in (s for s in steps.present(self.directory) if s >= step):
-                whole = manifest.is_complete(steps.step_path(self.directory, later))
-                suffix = "superseded" if whole else "incomplete"
-                moved = steps.set_aside(self.directory, later, suffix)
-                self._warn(f"saving step {step}: the existing step {later} is now {moved.name}")
-            steps.require_free(self.directory, step)
-
-        agreement.on_first(move)
-
-    def _header(
-        self, step: int, infos: dict[str, leaves.LeafInfo], extra: dict[str, Any]
-    ) -> manifest.Header:
-        versions = {name: metadata.version(name) for name in _PACKAGES}
-        return manifest.Header(
-            step=step,
-            leaves=infos,
-            fingerprints={},
-            plan=_json(self._plan.describe()),
-            mesh=mesh_of(self._abstract()),
-            extra=extra,
-            versions=versions | {"python": platform.python_version()},
-            num_parts=jax.process_count(),
-        )
-
     def _finish(
         self, handle: store.PendingSave, header: manifest.Header, hashes: Any, copied: float
     ) -> None:
-        """In the background: commit, read back, record, then report and delete old steps."""
         started = time.monotonic()
-        handle.result()
         path = steps.step_path(self.directory, header.step)
-        part, first = jax.process_index(), jax.process_index() == 0
-        if first:
-            filled = dataclasses.replace(header, fingerprints=as_text(hashes))
-            manifest.write_header(path, filled)
-        manifest.write_part(path, part, header.num_parts)
-        if not first:
+        size = commit.finish(handle, path, header, hashes, self._timeout)
+        if size is None:
             return
-        self._wait_for_parts(path, header.num_parts)
-        size, hidden = manifest.total_bytes(path), time.monotonic() - started
         self._report(
             f"checkpoint {header.step} committed ({human_bytes(size)}, {copied:.2f} s to copy, "
-            f"{hidden:.1f} s in the background)"
+            f"{time.monotonic() - started:.1f} s in the background)"
         )
         steps.retain(self.directory, self._max_to_keep)
-
-    def _wait_for_parts(self, path: Path, num_parts: int) -> None:
-        deadline = time.monotonic() + self._timeout
-        while not manifest.is_complete(path, num_parts):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not all of {num_parts} processes confirmed {path}")
-            time.sleep(0.02)
 
     def poll(self) -> None:
         """Raise what a background save ran into, without waiting; cheap enough for every step.
@@ -232,15 +191,13 @@ class Checkpointer:
         if self._pending is None:
             return
         step, future = self._pending
+        error = future.exception()  # interrupted here, the save stays known and is waited for later
         self._pending = None
-        error = future.exception()
         if together and not agreement.all_agree(error is None) and error is None:
             error = OSError("another process could not save its part")
         if error is not None:
             self._failures.append((step, error))
-            # a failed save keeps its space until its temporary directory goes
-            if jax.process_index() == 0:
-                steps.remove_leftovers(self.directory)
+            run_directory.drop_failed(self.directory, step)
 
     def _raise_failures(self, consequence: str) -> None:
         if not self._failures:
@@ -297,25 +254,18 @@ class Checkpointer:
         if step is not None:
             return self._restore_given(step)
         rejected: list[str] = []
-        while (candidate := agreement.from_first(self._newest())) >= 0:
+        while (candidate := run_directory.newest(self.directory, self._warn)) >= 0:
             state, found = self._try_restore(candidate)
             if not found:
                 return state
             rejected.append(f"step {candidate}: {found[0]}")
-            self._quarantine(candidate, found)
+            run_directory.quarantine(self.directory, candidate, found, self._warn)
         if rejected:
             raise CheckpointError(
                 f"no good step in {self.directory}. " + "; ".join(rejected) + ". The damaged steps "
                 "were renamed to *.corrupt, not deleted."
             )
         raise CheckpointError(f"no checkpoint in {self.directory}.")
-
-    def _newest(self) -> int:
-        """The newest complete step, or -1; one still being written by another job is left alone."""
-        newest = max(self.steps(), default=-1)
-        for step in (s for s in steps.present(self.directory) if s > newest):
-            self._warn(f"step {step} was never completed (no manifest); it is not used")
-        return newest
 
     def _restore_given(self, step: int) -> Any:
         if step not in steps.present(self.directory):
@@ -330,40 +280,25 @@ class Checkpointer:
             )
         return state
 
-    def _quarantine(self, step: int, found: list[str]) -> None:
-        def rename() -> None:
-            moved = steps.set_aside(self.directory, step, "corrupt")
-            self._warn(f"checkpoint {step} is damaged ({found[0]}); renamed to {moved.name}")
-
-        agreement.on_first(rename)
-
     def _try_restore(self, step: int) -> tuple[Any, list[str]]:
         """The state, or what is wrong with the step on some process."""
         path = steps.step_path(self.directory, step)
-        share, num_shares = jax.process_index(), jax.process_count()
-        found = manifest.problems(path, share, num_shares)
-        if not agreement.all_agree(not found):
-            return None, found or ["another process found it damaged"]
-        header = manifest.read_header(path)
+        if found := loading.damage(path):
+            return None, found
         abstract = self._abstract()
-        wanted = leaves.named_leaves(abstract)
-        self._require_same(header, leaves.describe(wanted), path)
-        restored, damaged = _load(path, wanted, header)
-        changed = damaged or _changed(restored, wanted, header)
-        if not agreement.all_agree(not changed):
-            return None, changed or ["another process read other values"]
+        infos = leaves.describe(leaves.named_leaves(abstract))
+        loading.require_fit(path, infos, self._described())
+        tree, found = loading.load_verified(path, abstract)
+        if found:
+            return None, found
+        header = manifest.read_header(path)
         self.extra = header.extra
         now = describe_mesh(mesh_of(abstract))
         self._report(f"restored step {step}: saved on {describe_mesh(header.mesh)}, now {now}")
-        tree = jax.tree.unflatten(jax.tree.structure(abstract), restored)
         return self._from_checkpoint(tree), []
 
-    def _require_same(
-        self, header: manifest.Header, infos: Mapping[str, leaves.LeafInfo], path: Path
-    ) -> None:
-        mine = _json(self._plan.describe())
-        models = f" (saved: {header.plan}; plan: {mine})" if header.plan != mine else ""
-        require_same(header.leaves, infos, str(path), models)
+    def _described(self) -> dict[str, Any]:
+        return _json(self._plan.describe())
 
     def _to_checkpoint(self, state: Any) -> Any:
         convert = getattr(self._plan, "to_checkpoint", None)
@@ -382,32 +317,6 @@ def _json(value: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(dict(value)))
     except TypeError as error:
         raise CheckpointError(f"extra and plan.describe() must be JSON: {error}.") from error
-
-
-def _load(
-    path: Path, wanted: Mapping[str, Any], header: manifest.Header
-) -> tuple[list[Any], list[str]]:
-    """The leaves, or what the array store found damaged although the checksums matched."""
-    try:
-        arrays = store.load(path, leaves.to_targets(wanted, header.leaves))
-    except (
-        Exception
-    ) as error:  # whatever Orbax raises; only damage may be answered by an older step
-        text = str(error)[:300]
-        if "DATA_LOSS" in text:
-            return [], [f"the arrays were written damaged: {text}"]
-        raise CheckpointError(f"{path} is intact but could not be loaded: {text}") from error
-    return leaves.from_arrays(arrays, wanted, header.leaves), []
-
-
-def _changed(restored: list[Any], wanted: Mapping[str, Any], header: manifest.Header) -> list[str]:
-    """Leaves whose values are not those that were saved."""
-    now = as_text(fingerprint(dict(zip(wanted, restored, strict=True))))
-    return [
-        f"{name}: values changed since they were saved (fingerprint {now[name]}, saved {saved})"
-        for name, saved in header.fingerprints.items()
-        if now[name] != saved
-    ]
 
 
 def _wait_at_exit(reference: "weakref.ref[Checkpointer]") -> Callable[[], None]:

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shardtrain.checkpoint.leaves import LeafInfo
@@ -126,6 +126,8 @@ def problems(step_directory: Path, share: int = 0, num_shares: int = 1) -> list[
             recorded |= _read(_part_path(step_directory, part, num_parts))["files"]
     except CheckpointError as error:
         return [str(error)]
+    if outside := [name for name in recorded if not _is_inside(name)]:
+        return [f"the manifest names a file outside of the step: {outside[0]!r}"]
     found = [
         problem
         for name, (size, _) in sorted(recorded.items())
@@ -145,6 +147,11 @@ def problems(step_directory: Path, share: int = 0, num_shares: int = 1) -> list[
 def total_bytes(step_directory: Path) -> int:
     """Bytes of all files of a step."""
     return sum((step_directory / name).stat().st_size for name in _data_files(step_directory))
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _size_problem(path: Path, name: str, size: int) -> str | None:

@@ -26,7 +26,7 @@ EXPECTED = {
         "h_1/c_proj/kernel": ["heads * head_dim", "embed"],
         "h_1/c_fc/kernel": ["embed", "mlp"],
         "h_1/mlp_proj/kernel": ["mlp", "embed"],
-        "0": ["batch", "sequence"],
+        "": ["batch", "sequence"],
     },
     "llama": {
         "embed/embedding": ["vocab", "embed"],
@@ -77,7 +77,7 @@ EXPECTED = {
         "router/kernel": ["embed", "router"],
     },
     "moe_ragged": {"w_in": ["expert", "embed", "mlp"], "w_out": ["expert", "mlp", "embed"]},
-    "lstm": {"embed/embedding": ["vocab", "embed"], "0": ["batch", "sequence"]},
+    "lstm": {"embed/embedding": ["vocab", "embed"], "": ["batch", "sequence"]},
 }
 
 

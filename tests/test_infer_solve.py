@@ -222,6 +222,15 @@ def test_the_context_axis_takes_the_sequence_dims(tables):
     solution = solve(tables["t5"], {"context": 4})
     assert solution.inputs == {"0": P(None, "context"), "1": P(None, "context")}
     assert solve(tables["t5"], {"tensor": 4}).inputs == {"0": P(), "1": P()}
+    assert solve(tables["llama"], {"context": 2}).inputs == {"": P(None, "context")}
+    odd = solve(tables["t5"], {"context": 8})
+    assert odd.inputs == {"0": P(None, "context"), "1": P()}
+    assert (
+        "input 1: its sequence of 12 is not divisible by context=8 and stays whole" in odd.findings
+    )
+    assert solve(tables["vit"], {"context": 2}).findings == [
+        "context=2 shards nothing: no input has a sequence dim"
+    ]
 
 
 def test_work_divides(tables):

@@ -143,7 +143,28 @@ def _findings(
         sizes = sorted({g.size for g in costs.groups if g.name == "expert"})
         why = f"{sizes} experts do not divide by it" if sizes else "the model has no expert axis"
         out.append(f"expert={size} shards nothing: {why}")
+    out.extend(_context(table, mesh_axes.get("context", 1)))
     return list(dict.fromkeys(out))
+
+
+def _context(table: AxisTable, n: int) -> list[str]:
+    """Sequence dims that `context` cannot split."""
+    if n == 1:
+        return []
+    found = [
+        (row.path, size)
+        for row in table.inputs
+        for axes, size in zip(row.axes, row.shape, strict=True)
+        if axes[:1] == ("sequence",)
+    ]
+    if not found:
+        return [f"context={n} shards nothing: no input has a sequence dim"]
+    return [
+        f"input {path or 'batch'}: its sequence of {size} is not divisible by context={n} and"
+        " stays whole"
+        for path, size in found
+        if size % n
+    ]
 
 
 def _fused(table: AxisTable, costs: Costs, option: Option, n: int) -> list[str]:

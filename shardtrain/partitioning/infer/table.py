@@ -92,7 +92,8 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, grad: bool = Tru
       fn: `fn(params, *args)` returns a scalar loss or a pytree of losses and metrics.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
       *args: batch and other arguments, arrays or `jax.ShapeDtypeStruct`; the first dim of each
-        is taken to be the batch.
+        is taken to be the batch. The paths of a single argument's leaves are its own; with
+        several, they begin with the argument's number.
       grad: also trace the gradient, which the solver needs to count communication.
 
     Returns:

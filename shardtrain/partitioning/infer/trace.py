@@ -56,7 +56,8 @@ def trace(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], *, grad: b
     closed = jax.make_jaxpr(program)(leaves, args)
     alive = [True] * len(closed.jaxpr.outvars)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, alive, instantiate=True)
-    return Program(jaxpr, _named(params), _named(args), grad and bool(floats))
+    inputs = args[0] if len(args) == 1 else args
+    return Program(jaxpr, _named(params), _named(inputs), grad and bool(floats))
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

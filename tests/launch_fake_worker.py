@@ -52,8 +52,19 @@ if behaviour == "lost":
     while not (scratch / "stopping").exists():
         time.sleep(0.01)
     sys.exit(17)
+
+
+def save_slowly(*_):
+    time.sleep(1.0)
+    (scratch / f"saved-{index}").touch()
+    raise Preempted(42)
+
+
+if behaviour == "half-preemptible" and str(index) == who:
+    signal.signal(signal.SIGTERM, save_slowly)
 if behaviour == "preemptible":
     signal.signal(signal.SIGTERM, on_sigterm)
+if behaviour.endswith("preemptible"):
     (scratch / f"ready-{index}").touch()
     while True:
         time.sleep(0.01)

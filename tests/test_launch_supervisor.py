@@ -79,6 +79,8 @@ def test_a_killed_process_restarts_all(tmp_path, capfd, process):
     code, events = start(tmp_path, f"kill@{process}", "none")
     assert code == 0
     assert [e.get("result") for e in events] == [None, "failed", None, "done"]
+    first = events[1]["exits"][0]
+    assert (first["process_index"], first["code"], first["step"]) == (process, -9, 2)
     err = capfd.readouterr().err
     assert f"process {process} failed at step 2, phase 'data' (killed by SIGKILL)" in err
     assert "restarting 2 processes from the last saved step (restart 1 of 3" in err
@@ -183,6 +185,15 @@ def test_sigterm_is_forwarded_and_workers_that_saved_end_the_run_with_42(tmp_pat
     _, err = process.communicate(timeout=60)
     assert process.returncode == 42
     assert "preempted; leaving with code 42" in err
+    assert alive(tmp_path) == []
+
+
+def test_a_process_ended_by_sigterm_does_not_cut_short_one_that_saves(tmp_path):
+    process = supervisor(tmp_path, "half-preemptible@0")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert (tmp_path / "saved-0").exists()
     assert alive(tmp_path) == []
 
 

@@ -141,8 +141,11 @@ class _Watch:
                 continue
             self._running.remove(worker)
             record = self._record(worker)
-            self._exits.append(Exit(worker.process_index, code, record.phase, record.step))
-            if self._exits[-1].kind not in ("done", "preempted"):
+            exit_ = Exit(worker.process_index, code, record.phase, record.step, time.time())
+            self._exits.append(exit_)
+            # Ended by the SIGTERM we passed on: that must not cut short those that are saving.
+            ended_by_us = self._stop.signals and code == -signal.SIGTERM
+            if exit_.kind not in ("done", "preempted") and not ended_by_us:
                 self._deadline = min(self._deadline, time.monotonic() + self._grace())
 
     def _grace(self) -> float:

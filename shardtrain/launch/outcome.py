@@ -13,12 +13,16 @@ _FOLLOWERS = (EXIT_PEER_FAILURE, -signal.SIGABRT)
 
 @dataclass(frozen=True)
 class Exit:
-    """One process ended: its code (negative: signal), and the phase and step it was in."""
+    """One process ended: its code (negative: signal), the phase and step it was in, and when.
+
+    `time` is the Unix time at which we saw it.
+    """
 
     process_index: int
     code: int
     phase: str
     step: int | None
+    time: float = 0.0
 
     @property
     def kind(self) -> str:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from shardtrain.errors import DistributedError, suggest
@@ -103,7 +104,8 @@ def _supervise(
         if generation.result == "failed":
             _explain(generation, folder, shown)
         _log_event(directory, "end", generation=folder.name, result=generation.result,
-                   step=generation.step, action=str(action))  # fmt: skip
+                   step=generation.step, exits=[asdict(e) for e in generation.exits],
+                   action=str(action))  # fmt: skip
         if isinstance(action, Stop):
             if action.reason != "done":
                 _say(f"{action.reason}; leaving with code {action.code}. Logs: {folder}")

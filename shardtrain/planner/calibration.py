@@ -30,7 +30,7 @@ from shardtrain.planner.time import Constants, step_terms
 
 LABELS = (
     "family", "group", "chip", "generation", "recipe", "model", "mixture", "remat", "task",
-    "sharding", "era", "ends",
+    "sharding", "era", "ends", "kernels",
 )  # fmt: skip
 MEASURES = (
     "sequence", "tokens", "active", "params", "chips", "tensor", "pipeline", "virtual", "expert",
@@ -65,7 +65,7 @@ def labels(point: Point) -> tuple[str, ...]:
     return (
         point.stack.family, point.stack.group, name, _GENERATION.get(name, name), point.recipe,
         job.model.name, str(bool(job.model.experts)), job.remat, point.task, sharding,
-        era(point), str(embedding_stages(point)),
+        era(point), str(embedding_stages(point)), point.kernels,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ class Features:
 
 
 def features(points: Sequence[Point]) -> Features:
-    """Features of points: labels `[n, 12]` str, measures `[n, 14]` float."""
+    """Features of points: labels `[n, 13]` str, measures `[n, 14]` float."""
     return Features(np.array([labels(p) for p in points]), np.array([measures(p) for p in points]))
 
 

@@ -31,7 +31,8 @@ START = Widths(
 
 BOUNDS = {
     "matmul": (0.6, 1.0), "matmul_low": (0.4, 1.0), "matmul_four": (0.3, 0.9),
-    "experts": (0.2, 1.0), "attention": (0.25, 0.95), "attention_older": (0.2, 0.9), "attention_tpu": (0.2, 0.9),
+    "experts": (0.2, 1.0), "attention": (0.25, 0.95), "attention_older": (0.2, 0.9),
+    "attention_tpu": (0.2, 0.9),
     "tensor_exposed": (0.2, 1.0), "expert_exposed": (0.2, 1.0), "context_exposed": (0.1, 1.0),
     "pipeline_exposed": (0.1, 1.0), "fsdp_exposed": (0.02, 0.5), "data_exposed": (0.05, 1.0),
     "link": (0.5, 0.95), "latency": (0.5, 3.0), "selective": (0.1, 0.8), "uneven": (0.05, 1.0),
@@ -57,13 +58,11 @@ def fit_rates(
         start: where to start; the prior is centred on `Constants()`.
     """
     centre = np.array([getattr(Constants(), name) for name in NAMES])
-    whiten = np.linalg.cholesky(total)
+    whiten = np.linalg.inv(np.linalg.cholesky(total))
 
     def residual(steps: np.ndarray) -> np.ndarray:
         rates = Constants(**dict(zip(NAMES, centre * np.exp(steps), strict=True)))
-        return np.concatenate(
-            [np.linalg.solve(whiten, log_measured - physics(points, rates)), steps / 0.5]
-        )
+        return np.concatenate([whiten @ (log_measured - physics(points, rates)), steps / 0.5])
 
     limits = [BOUNDS.get(name, (c / 5, c * 5)) for name, c in zip(NAMES, centre, strict=True)]
     low = np.log([pair[0] for pair in limits] / centre)
@@ -137,7 +136,7 @@ def outlier_noise(
     inverse = np.linalg.inv(constant + similarity + np.diag(widths.noise**2 * noise))
     variance = 1 / np.diag(inverse)
     missed = (inverse @ residual) * variance
-    return np.clip((4 + missed**2 / variance) / 5 * missed**2 / variance, 1.0, 60.0)
+    return np.clip((4 + missed**2 / variance) / 5 * missed**2 / variance, 1.0, 20.0)
 
 
 def fit_time(

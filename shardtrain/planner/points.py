@@ -155,19 +155,19 @@ def _printed_model(name: str, m: Mapping[str, Any]) -> Model:
 
 def _sized_model(name: str, key: str, m: Mapping[str, Any]) -> Model:
     """A dense or mixture model of about the size that its name tells."""
-    active = re.search(r"a(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
+    active = re.search(r"(?<![a-z])a(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
     sizes = re.findall(r"(\d+(?:\.\d+)?)\s*([mb])(?![a-z])", name.lower())
     billions = [float(n) * (1e-3 if unit == "m" else 1.0) for n, unit in sizes]
     total = max(billions, default=7.0)
     moe = m.get("moe") or {}
-    dense = float(active.group(1)) if active else min(billions, default=7.0)
+    dense = float(active.group(1)) if active else total / 8  # usual sparsity of mixtures
     if not moe:
         dense = total
     width = max(512, round((dense * 1e9 * 128 / 12) ** (1 / 3) / 128) * 128)
     layers = max(4, round(dense * 1e9 / (12 * width * width)))
     heads = max(1, width // 128)
     if not moe:
-        return Model(name, layers, width, heads, heads, 128, 4 * width, 64000, 2)
+        return Model(name, layers, width, heads, heads, 128, 4 * width, 50304, 2, total < 2)
     experts = int(moe.get("experts") or 64)
     top_k = int(moe.get("top_k") or 4)
     routed = max(0.1, total - dense) * 1e9 / max(experts - top_k, 1) / layers
@@ -253,6 +253,7 @@ class Point:
     recipe: str
     task: str
     job: Job
+    kernels: str = ""
 
 
 def read_point(record: Mapping[str, Any]) -> Point:
@@ -272,7 +273,11 @@ def read_point(record: Mapping[str, Any]) -> Point:
     sequence = int(_number((record.get("model") or {}).get("seq_len"), 4096))
     tensor = int(_number(p.get("tp"), _number(p.get("ici_tp"), 1)))
     pipeline, context = int(_number(p.get("pp"), 1)), int(_number(p.get("cp"), 1))
+    if "pp" not in p and stack.group in {"megatron", "megatron-old"}:
+        pipeline = _needed_stages(model, found, count // tensor, tensor)
     label = str(hw.get("interconnect") or "").lower()
+    if "96gb" in label and found.name == "h100":
+        found = dataclasses.replace(found, memory=96e9)
     if "500w" in label and found.name == "h100":  # a power limit of 500 of 700 W costs clock speed
         found = dataclasses.replace(found, matmul=0.82 * found.matmul)
         found = dataclasses.replace(found, matmul_low=0.82 * found.matmul_low)
@@ -286,7 +291,7 @@ def read_point(record: Mapping[str, Any]) -> Point:
     if found.kind != "tpu":
         slices = 1
     virtual = int(_number(p.get("vp"), 1))
-    if stack.family == "megatron-bridge" and pipeline > 1 and "vp" not in p:
+    if stack.group == "megatron" and pipeline > 1 and "vp" not in p:
         virtual = max(1, min(4, model.layers // pipeline // 2))
     schedule = "interleaved" if virtual > 1 or "interleaved" in str(p.get("schedule")) else "1f1b"
     if schedule == "interleaved" and virtual == 1 and not p.get("vp"):
@@ -309,7 +314,20 @@ def read_point(record: Mapping[str, Any]) -> Point:
         tuned_attention=stack.group != "fsdp" or found.name.startswith("a100"),
     )  # fmt: skip
     source = re.sub(r" line \d+$", "", str(record.get("source") or ""))
-    return Point(str(record.get("id") or ""), source, stack, recipe, task, job)
+    compiled = p.get("compile") is True or "torch.compile" in str(record.get("framework"))
+    kernels = "compiled" if compiled and stack.group == "fsdp" else ""
+    kernels += " async" if p.get("async_tp") is True else ""
+    return Point(str(record.get("id") or ""), source, stack, recipe, task, job, kernels)
+
+
+def _needed_stages(model: Model, found: Chip, groups: int, tensor: int) -> int:
+    """Stages an unnamed pipeline must have for weights and gradients to fit half of memory."""
+    stages = 1
+    while stages < 64 and groups % (2 * stages) == 0:
+        if 6 * model.params / (tensor * stages) < found.memory / 2:
+            break
+        stages *= 2
+    return stages
 
 
 def _batches(record: Mapping[str, Any], stack: Stack, count: int, sequence: int, replicas: float,

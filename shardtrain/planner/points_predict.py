@@ -11,6 +11,9 @@ from shardtrain.planner.memory import Memory, job_memory
 from shardtrain.planner.points import Point, read_point
 from shardtrain.planner.time import step_terms
 
+FULL = 1.05
+"""Share of a chip's memory that a run which did run can have filled: "80 GB" is nearly 80 GiB."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -56,6 +59,7 @@ def predict(point: Point) -> Prediction:
     step = sum(terms.values())
     memory = job_memory(job)
     peak = memory.total * memory_calibration().correct(point).factor
+    peak = min(peak, FULL * job.chip.memory)
     rate = job.step_tokens / job.chips / step
     mfu = rate * job.model.flops_per_token(job.sequence) / job.chip.peak_flops()
     return Prediction(

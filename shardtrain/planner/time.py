@@ -151,8 +151,11 @@ def _compute(job: Job, c: Constants) -> dict[str, float]:
 def linear_rate(job: Job, c: Constants) -> float:
     """FLOP/s of wide linear layers in the job's precision."""
     faster = {"fp8": c.matmul_low, "int8": c.matmul_low, "fp4": c.matmul_four}
-    if job.precision in faster and job.chip.peak_flops(job.precision) > job.chip.peak_flops():
-        return job.chip.matmul_flops(job.precision) * faster[job.precision]
+    kind = job.precision
+    if kind == "fp4" and job.model.experts:
+        kind = "fp8"  # grouped expert matmuls have no 4-bit kernels in the measured releases
+    if kind in faster and job.chip.peak_flops(kind) > job.chip.peak_flops():
+        return job.chip.matmul_flops(kind) * faster[kind]
     return job.chip.matmul_flops("fp32" if job.precision == "fp32" else "bf16") * c.matmul
 
 
@@ -247,8 +250,13 @@ def _communication(job: Job, c: Constants, compute: float) -> dict[str, float]:
     one = _seconds(job, c, "all-gather", keys, job.context, job.tensor)
     terms["context"] = 3 * one * per_stage * c.context_exposed
     if m.moe_count and job.expert > 1:
-        sent = 2 * job.tokens * m.top_k * (m.expert_latent or m.d_model) / job.tensor
-        one = _seconds(job, c, "all-to-all", sent, job.expert, job.tensor)
+        sent = 2 * job.tokens * (m.expert_latent or m.d_model) / job.tensor
+        hosts = job.expert * job.tensor / job.fast
+        inside = min(job.expert, max(1, job.fast // job.tensor))
+        one = _seconds(job, c, "all-to-all", sent * m.top_k, inside, job.tensor)
+        if hosts > 1:  # a token crosses the network once per host that holds its experts
+            away = sent * min(m.top_k, hosts) * (1 - 1 / hosts)
+            one += away / job.chip.network_bandwidth / c.link
         share = m.moe_count / job.pipeline
         terms["expert"] = 4 * repeat * one * share * c.expert_exposed
     if job.pipeline > 1:
@@ -301,7 +309,7 @@ def _update(job: Job, c: Constants) -> tuple[float, float]:
     trained = 0.01 if job.frozen else 1.0
     local, state = job.local_params() * trained, job.shard_params() * trained
     if job.offload:
-        host = state * 28 / 40e9  # a fused host Adam streams 28 bytes per parameter
+        host = state * 28 / 18e9  # host Adam streams 28 bytes per parameter, 8 chips share it
         copies = state * 6 / job.chip.host_bandwidth
         return 0.0, host + copies
     moved = 4 * c.state_passes * state + 4 * local * (1 if job.fsdp <= 1 else 0)

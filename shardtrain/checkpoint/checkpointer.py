@@ -174,6 +174,10 @@ class Checkpointer:
             self._collect()
         self._raise_failures("Earlier steps are intact.")
 
+    def in_flight(self) -> bool:
+        """Whether a save is still being written or verified."""
+        return self._pending is not None and not self._pending[1].done()
+
     def wait(self, together: bool = True) -> None:
         """Wait until the last save is committed and verified.
 

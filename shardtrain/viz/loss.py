@@ -51,7 +51,7 @@ def loss_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure
     return figure
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     """Exponential moving average, unbiased at the start (as in Adam, Kingma and Ba 2015).
 
     Example:

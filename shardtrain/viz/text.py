@@ -10,6 +10,7 @@ import numpy as np
 from shardtrain.tables import bytes_text
 
 _MAX_ROWS = 16
+_MAX_WIDTH = 70
 
 
 def mesh_text(mesh: Any) -> str:
@@ -34,9 +35,10 @@ def mesh_text(mesh: Any) -> str:
     columns = [f"{last} {i}" for i in range(sizes[last])]
     rows = _row_labels([(name, sizes[name]) for name in outer])
     cells = grid.reshape(len(rows), -1)
-    shown_columns = _middle_out(len(columns), 8)
     shown_rows = _middle_out(len(rows), _MAX_ROWS)
-    width = max(len(rows[i]) for i in shown_rows)
+    width = max(len(rows[i]) for i in shown_rows if i is not None)
+    fits = (_MAX_WIDTH - width) // (max(map(len, columns)) + 2)
+    shown_columns = _middle_out(len(columns), max(fits, 3))
     lines = [_line("", [_cell(columns, j) for j in shown_columns], columns, width)]
     for i in shown_rows:
         if i is None:
@@ -71,7 +73,7 @@ def _first_change(before: tuple[int, ...], after: tuple[int, ...]) -> int:
 
 def _middle_out(count: int, limit: int) -> list[Any]:
     """All indices, or the first ones, None for what is left out, and the last."""
-    return [*range(count)] if count <= limit else [*range(limit - 1), None, count - 1]
+    return [*range(count)] if count <= limit else [*range(limit - 2), None, count - 1]
 
 
 def _cell(values: Any, index: int | None) -> str:

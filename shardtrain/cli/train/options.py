@@ -52,7 +52,7 @@ class TrainOptions:
     model: Annotated[str, arg(metavar="NAME")] = "small"
     strategy: Annotated[str | None, arg(metavar="STRING")] = None
     devices: Annotated[int | None, arg(metavar="N")] = None
-    steps: Annotated[int, arg(metavar="N")] = 200
+    steps: Annotated[int, arg(metavar="N")] = 160
     batch: Annotated[int, arg(metavar="N")] = 16
     sequence: Annotated[int, arg(metavar="N")] = 128
     lr: Annotated[float | None, arg(metavar="RATE")] = None

@@ -32,7 +32,8 @@ def print_start(console: Console, plan: Plan, lines: Mapping[str, str]) -> None:
         _item(console, label, text)
     _item(console, "strategy", str(plan.strategy))
     _item(console, "mesh", mesh_text(plan.mesh))
-    _item(console, "batch", batch_arithmetic(plan))
+    sizes = [leaf.size for leaf in jax.tree.leaves(plan.layout.batch)]
+    _item(console, "batch", f"{batch_arithmetic(plan)}; {max(sizes):,} tokens per step")
     memory = plan.memory()
     parts = ("params", "grads", "optimizer", "activations", "batch")
     held = {name: getattr(memory, name) for name in parts}

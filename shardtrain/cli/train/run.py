@@ -1,7 +1,6 @@
 """`shardtrain train`, top to bottom."""
 
 import dataclasses
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -215,7 +214,6 @@ def _stopped_text(result: FitResult, directory: Path) -> str:
 
 def _check(options: TrainOptions) -> None:
     """Numbers that nothing below would explain as well."""
-    logging.getLogger("jax").setLevel(logging.ERROR)
     for name in ("steps", "batch", "sequence"):
         if getattr(options, name) < 1:
             raise ShardtrainError(f"--{name} {getattr(options, name)}: give at least 1")

@@ -1,0 +1,237 @@
+"""The command line: help without heavy imports, nearest names, clean errors, a whole run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from shardtrain.cli import COMMANDS, main
+from shardtrain.cli.train import devices as train_devices
+from shardtrain.cli.train.devices import choose_devices, default_strategy
+from shardtrain.cli.train.directory import choose_directory, claim, write_settings
+from shardtrain.errors import CheckpointError, StrategyError
+
+TINY = ["train", "--model", "tiny", "--batch", "8", "--sequence", "32", "--sample", "20"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "poem.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return file
+
+
+def said(capsys):
+    """Standard output, and standard error with line breaks of the terminal undone."""
+    captured = capsys.readouterr()
+    return captured.out, " ".join(captured.err.split())
+
+
+# ---------------------------------------------------------------- help and names
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands_with_examples(arguments, capsys):
+    assert main(arguments) == 0
+    out, _ = said(capsys)
+    assert "usage: shardtrain COMMAND" in out
+    assert all(f"  {name}" in out for name in COMMANDS)
+    assert "shardtrain train --strategy data=4,tensor=2" in out
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom shardtrain.cli import main\nmain(['--help'])\n"
+        "assert not {'jax', 'tyro', 'rich', 'numpy'} & set(sys.modules)\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'jax', 'flax', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--strategy STRING" in done.stdout
+    assert "shardtrain train --strategy data=2,tensor=4" in done.stdout
+
+
+def test_every_listed_command_exists(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+        assert f"usage: shardtrain {name}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert said(capsys)[0].strip().count(".") == 2
+
+
+def test_unknown_command_suggests_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert said(capsys)[1] == "shardtrain trian: no command 'trian': did you mean 'train'?"
+
+
+def test_unknown_option_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--stratgy", "data=8"])
+    assert end.value.code == 2
+    assert "--strategy" in said(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "data=4,tensr=2"], "Strategy has no field 'tensr': did you mean 'tensor'?"),
+        (
+            ["--strategy", "data=3,tensor=2", "--devices", "8"],
+            "data=3 x tensor=2 = 6 devices asked",
+        ),
+        (["--model", "smal"], "--model smal: did you mean 'small'?"),
+        (["--data", "no/such/file.txt"], "no such file or directory: no/such/file.txt"),
+        (["--steps", "0"], "--steps 0: give at least 1"),
+        (["--lr", "-1"], "--lr above 0"),
+        (["--batch", "6"], "Nearest batch sizes that work: 4 or 8"),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", "tiny", *arguments]) == 2
+    _, err = said(capsys)
+    assert err.startswith("shardtrain train: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_and_short_text(tmp_path, capsys):
+    file = tmp_path / "empty.txt"
+    file.write_text(" \n")
+    out = ["--out", str(tmp_path / "run")]
+    assert main([*TINY, *out, "--data", str(file)]) == 2
+    assert "holds no text (1 files read)" in said(capsys)[1]
+    file.write_text("a few words\n" * 10)
+    assert main([*TINY, *out, "--data", str(file)]) == 2
+    assert "make 4 sequences of 32, fewer than one batch of 8" in said(capsys)[1]
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- devices and directories
+
+
+def test_default_strategies():
+    assert str(default_strategy(True, 8)) == "data=2,fsdp=2,tensor=2"
+    assert str(default_strategy(True, 4)) == "fsdp=-1"
+    assert str(default_strategy(False, 4)) == "fsdp=-1,precision=bf16"
+
+
+def test_gradients_are_clipped_unless_the_strategy_says_how():
+    assert choose_devices("data=8", None).strategy.max_grad_norm == 1.0
+    assert choose_devices("data=8,max_grad_norm=0.5", None).strategy.max_grad_norm == 0.5
+
+
+def test_virtual_devices_beside_real_ones(monkeypatch):
+    class Gpu:
+        platform = "gpu"
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(train_devices.jax, "devices", lambda: [Gpu(), Gpu()])
+    with pytest.raises(StrategyError, match="this machine has 2 GPU devices"):
+        choose_devices(None, 8)
+    chosen = choose_devices(None, None)
+    assert chosen.description == "2 x NVIDIA H100 80GB HBM3"
+    assert str(chosen.strategy) == "fsdp=-1,precision=bf16,max_grad_norm=1.0"
+
+
+def test_fresh_takes_the_first_free_number(tmp_path):
+    base = tmp_path / "run"
+    assert choose_directory(base, "x", fresh=True) == base
+    base.mkdir()
+    (tmp_path / "run-2").mkdir()
+    assert choose_directory(base, "x", fresh=True) == tmp_path / "run-3"
+    assert choose_directory(base, "x", fresh=False) == base
+
+
+def test_claim(tmp_path):
+    base = tmp_path / "run"
+    assert claim(base, {"model": "a"}, ()) is False
+    write_settings(base, {"model": "a", "steps": 1})
+    assert claim(base, {"model": "a", "steps": 2}, ("steps",)) is True
+    with pytest.raises(CheckpointError, match="steps: 1 there, 2 now"):
+        claim(base, {"model": "a", "steps": 2}, ())
+    (base / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        claim(base, {"model": "a"}, ())
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.jpg").touch()
+    with pytest.raises(CheckpointError, match=r"it holds cat\.jpg"):
+        claim(other, {}, ())
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        claim(other / "cat.jpg", {}, ())
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_train_resume_other_model_and_fresh(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = [*TINY, "--data", str(text), "--out", str(out)]
+    assert main([*command, "--steps", "6", "--tensorboard"]) == 0
+    shown, _ = said(capsys)
+    assert "8 virtual CPU devices" in shown
+    assert "global batch 8 = data 2 x fsdp 2 x microbatches 1 x 2 rows; 256 tokens" in shown
+    assert "data 1 fsdp 0         4         5" in shown
+    assert "blocks/*/mlp/gate/kernel         64x160 x2   fsdp, tensor" in shown
+    assert "Trained 6 steps (1.5k tokens)" in shown.replace("\n", " ")
+    names = {p.name for p in out.iterdir()}
+    assert names >= {"6", "loss.png", "metrics.jsonl", "run.json", "sample.txt", "tensorboard"}
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    evals = {r["step"]: r["loss"] for r in records if r["kind"] == "eval"}
+    assert 5.3 < evals[0] < 6.0
+    assert evals[6] < evals[0] - 1.0
+
+    assert main([*command, "--steps", "8", "--strategy", "data=8"]) == 0
+    shown, _ = said(capsys)
+    assert "resumed at step 6" in shown
+    assert "Trained 2 steps" in shown
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in out.rglob("*"))
+    assert main([*command, "--model", "small"]) == 2
+    _, err = said(capsys)
+    assert "holds another run: model: tiny there, small now" in err
+    assert "Nothing was overwritten" in err
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in out.rglob("*")) == before
+
+    assert main([*command, "--steps", "1", "--fresh", "--sample", "0"]) == 0
+    assert "Trained 1 steps" in said(capsys)[0]
+    assert (tmp_path / "run-2" / "1").is_dir()
+
+
+def test_ctrl_c_saves_the_last_step(text, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "shardtrain", *TINY, "--data", str(text), "--out", str(out)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, "--steps", "1000000", "--strategy", "data=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 130, seen + rest + err
+    assert "Traceback" not in err
+    steps = [int(p.name) for p in out.iterdir() if p.name.isdigit()]
+    assert f"Stopped at step {steps[-1]}, which is saved" in " ".join(rest.split())

@@ -19,6 +19,7 @@ from shardtrain.planner.collectives import Collective, collectives_in, device_as
 from shardtrain.planner.flops import count_flops
 from shardtrain.planner.hlo import Module, parse_hlo
 from shardtrain.planner.lints import Lint, lint_collectives
+from shardtrain.planner.liveness import Buffer, temporaries_at_peak
 from shardtrain.planner.traffic import axes_text, collectives_table, format_bytes, total_bytes
 
 
@@ -42,6 +43,8 @@ class Compiled:
         device_kind: for example `TPU v5 lite`.
         note: what this compilation is and is not (a proxy, without autotuning, ...).
         arguments: (path, bytes on one device) of every argument, largest first.
+        temporaries: the largest temporary arrays at the fullest moment, as followed through the
+            program; see `temporaries_at_peak`.
         uncounted: custom kernels whose operations are missing from `flops`.
         is_exact: False when a data-dependent loop or a conditional was counted as one pass.
     """
@@ -59,6 +62,7 @@ class Compiled:
     device_kind: str = ""
     note: str = ""
     arguments: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    temporaries: tuple[Buffer, ...] = field(default=(), repr=False)
     uncounted: tuple[str, ...] = ()
     is_exact: bool = True
 
@@ -100,9 +104,12 @@ class Compiled:
         table = Table("", "one device", title="Compiled step")
         for name, value in self.rows():
             table.add_row(name, value)
-        owners = Table("largest arguments", "bytes", title="Memory by path")
+        owners = Table("largest", "bytes", title="Memory by owner")
         for path, size in self.arguments[:8]:
             owners.add_row(path, format_bytes(size))
+        owners.add_section()
+        for buffer in self.temporaries[:8]:
+            owners.add_row(str(buffer), format_bytes(buffer.bytes))
         parts = [table, *([owners] if self.arguments else []), collectives_table(self.collectives)]
         return Group(*parts, Text(self.note)) if self.note else Group(*parts)
 
@@ -112,8 +119,11 @@ class Compiled:
             times = f"{'' if c.is_exact else '≈'}{c.count}"
             where = c.parameter or c.source
             rows.append(("", c.kind, axes_text(c), format_bytes(c.bytes), times, where))
+        owners = [[path, format_bytes(size)] for path, size in self.arguments[:8]]
+        owners += [[str(buffer), format_bytes(buffer.bytes)] for buffer in self.temporaries[:8]]
         return (
             _html_table("Compiled step, one device", [list(row) for row in self.rows()])
+            + _html_table("Memory by owner", owners)
             + _html_table("Communication", [list(row[1:]) for row in rows])
             + (f"<p>{html.escape(self.note)}</p>" if self.note else "")
         )
@@ -189,6 +199,7 @@ def read_compiled(
         device_kind=device.device_kind,
         note=note,
         arguments=tuple(argument_bytes_by_path(module)),
+        temporaries=temporaries_at_peak(module)[1],
         uncounted=flops.uncounted,
         is_exact=flops.is_exact,
     )

@@ -4,8 +4,8 @@ Backends report how much temporary memory a program needs, not what for. A compi
 scheduled (it runs in the order printed), so the buffers alive at each instruction can be followed:
 each result is alive until its last reader, loops work in place on what they carry, and a
 computation that is called adds its own fullest moment. Fragmentation, padding and scratch inside
-kernels are not seen. On CPU and GPU the sum was within a tenth of the backend's figure, mostly within
-three percent; on TPU it can be further off.
+kernels are not seen. On CPU and GPU the sum was within a tenth of the backend's figure, mostly
+within three percent; on TPU it can be further off.
 """
 
 import re

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from shardtrain.planner.memory import GIB, job_memory
-from shardtrain.planner.points import Point, load_points, read_point
+from shardtrain.planner.points import Point, embedding_stages, load_points, read_point
 from shardtrain.planner.time import Constants, step_terms
 
 LABELS = (
@@ -52,12 +52,6 @@ def era(point: Point) -> str:
     return str(sum(point.stack.version > edge for edge in edges))
 
 
-def embedding_stages(point: Point) -> bool:
-    """Whether blocks divide into stages only when the two embedding layers count as blocks."""
-    layers, stages = point.job.model.layers, point.job.pipeline
-    return layers % stages != 0 and (layers + 2) % stages == 0
-
-
 def labels(point: Point) -> tuple[str, ...]:
     """The categories two runs can share, in the order of `LABELS`."""
     job, name = point.job, point.job.chip.name
@@ -65,7 +59,7 @@ def labels(point: Point) -> tuple[str, ...]:
     return (
         point.stack.family, point.stack.group, name, _GENERATION.get(name, name), point.recipe,
         job.model.name, str(bool(job.model.experts)), job.remat, point.task, sharding,
-        era(point), str(embedding_stages(point)), point.kernels,
+        era(point), str(embedding_stages(job.model, job.pipeline)), point.kernels,
     )  # fmt: skip
 
 

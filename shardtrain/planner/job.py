@@ -36,6 +36,7 @@ class Job:
         sequence_parallel: the residual stream is sharded over `tensor`.
         slices: groups of chips that only a data-centre network joins.
         flash: attention never writes the s x s scores to memory.
+        runtime_bytes: memory the software holds beyond the usual.
         tuned_attention: the fused kernel is written for this generation of chips.
         causal: keys a query may not see are skipped.
         frozen: the base weights get no gradient (LoRA).
@@ -70,6 +71,7 @@ class Job:
     offload: bool = False
     offload_activations: bool = False
     domain: int = 0
+    runtime_bytes: float = 0.0
     tuned_attention: bool = True
 
     @property

@@ -213,5 +213,7 @@ def job_memory(job: Job) -> Memory:
         # two blocks gathered at a time; a pipeline keeps its whole stage gathered
         gathered = 2 * local / max(layers, 1) if job.pipeline == 1 else local
         buffers += 4 * gathered
-    runtime = 2.0 * GIB if job.chip.kind == "gpu" else 0.3 * GIB
+    if job.pipeline > 1 and job.remat == "full":
+        buffers += 0.4 * activations  # boundary tensors are held once more to send and receive
+    runtime = (2.0 * GIB if job.chip.kind == "gpu" else 0.3 * GIB) + job.runtime_bytes
     return Memory(weights, gradients, optimizer, activations, logits, buffers, runtime)

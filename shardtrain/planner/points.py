@@ -309,8 +309,9 @@ def read_point(record: Mapping[str, Any]) -> Point:
         pipeline, context, int(_number(p.get("ep"), 1)), fsdp, zero, virtual, schedule, remat,
         kind, stack.group == "megatron" or bool(p.get("sp")) or stack.family == "torchtitan",
         slices, flash, flash or stack.group != "megatron-old", task == "lora",
-        2.0 if stack.group in {"fsdp", "xla"} else 4.0, "offload" in p and bool(p["offload"]),
+        _gradient_bytes(stack, model, pipeline), "offload" in p and bool(p["offload"]),
         "offload" in str(p.get("remat")),
+        runtime_bytes=_runtime_bytes(stack, model, pipeline),
         tuned_attention=stack.group != "fsdp" or found.name.startswith("a100"),
     )  # fmt: skip
     source = re.sub(r" line \d+$", "", str(record.get("source") or ""))
@@ -318,6 +319,28 @@ def read_point(record: Mapping[str, Any]) -> Point:
     kernels = "compiled" if compiled and stack.group == "fsdp" else ""
     kernels += " async" if p.get("async_tp") is True else ""
     return Point(str(record.get("id") or ""), source, stack, recipe, task, job, kernels)
+
+
+def embedding_stages(model: Model, stages: int) -> bool:
+    """Whether blocks divide into stages only when the two embedding layers count as blocks."""
+    return model.layers % stages != 0 and (model.layers + 2) % stages == 0
+
+
+def _gradient_bytes(stack: Stack, model: Model, stages: int) -> float:
+    """Bytes per parameter of gradient buffers.
+
+    Megatron-DeepSpeed: 16-bit gradients, or, in the later runs that partition the embeddings as
+    blocks, its BF16 optimizer, which adds fp32 accumulators.
+    """
+    if stack.family == "megatron-deepspeed":
+        return 8.0 if embedding_stages(model, stages) else 2.0
+    return 2.0 if stack.group in {"fsdp", "xla"} else 4.0
+
+
+def _runtime_bytes(stack: Stack, model: Model, stages: int) -> float:
+    """Bytes beyond the usual runtime: the earlier Megatron-DeepSpeed runs hold 11 GB more."""
+    old = stack.family == "megatron-deepspeed" and not embedding_stages(model, stages)
+    return 11e9 if old else 0.0
 
 
 def _needed_stages(model: Model, found: Chip, groups: int, tensor: int) -> int:

@@ -45,6 +45,11 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype_of(x)), tree)
 
 
+def abstract_key() -> Any:
+    """`jax.random.key(0)` as a shape; making the key itself would start a backend."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def dtype_of(leaf: Any) -> Any:
     """The dtype JAX would give this leaf (Python numbers and 64-bit arrays included)."""
     dtype = getattr(leaf, "dtype", None)

@@ -9,7 +9,7 @@ from flax import nnx
 from shardtrain.errors import ModelError
 from shardtrain.modules.form import Functional, ModelForm
 from shardtrain.modules.intercept import Calls
-from shardtrain.pytree import abstract
+from shardtrain.pytree import abstract, abstract_key
 
 
 def functional_form(model: Functional) -> ModelForm:
@@ -19,7 +19,7 @@ def functional_form(model: Functional) -> ModelForm:
         return _split(model.init(key))
 
     try:
-        params, variables = jax.eval_shape(init, jax.random.key(0))
+        params, variables = jax.eval_shape(init, abstract_key())
     except TypeError as error:
         raise ModelError(f"{model.name}.init(key) failed: {error}") from error
     return ModelForm(

@@ -11,7 +11,7 @@ import jax
 from shardtrain.errors import ModelError
 from shardtrain.modules.form import ModelForm
 from shardtrain.modules.intercept import Calls, linen_calls, repeated
-from shardtrain.pytree import abstract, leaves_by_path, path_string
+from shardtrain.pytree import abstract, abstract_key, leaves_by_path, path_string
 
 
 def linen_form(module: nn.Module, example: Callable[..., Any], batch: Any) -> ModelForm:
@@ -31,7 +31,7 @@ def linen_form(module: nn.Module, example: Callable[..., Any], batch: Any) -> Mo
         return nn.init(example, module)(rngs, batch)
 
     with _recorded(streams, sown, called):
-        boxed = jax.eval_shape(init_all, jax.random.key(0), batch)
+        boxed = jax.eval_shape(init_all, abstract_key(), batch)
     if "params" not in boxed:
         raise ModelError(
             f"{type(module).__name__} created no parameters when loss_fn called it; does loss_fn "

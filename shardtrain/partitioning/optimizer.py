@@ -12,9 +12,10 @@ from shardtrain.pytree import map_with_path
 def optimizer_specs(abstract_state: Any, params: Mapping[str, LeafPlan], sharded: bool) -> Any:
     """A PartitionSpec for each leaf of an optax state.
 
-    A leaf belongs to the parameter whose path ends its own path. Equal shape: the same spec. Some
-    dims reduced away (Adafactor's rows and columns): the spec without those dims. Anything else
-    (counts, schedules): replicated.
+    A leaf belongs to the parameter whose path ends its own path. Equal shape: the same spec. One
+    more dim in front (a history, as L-BFGS keeps): the same behind it. Some dims reduced away
+    (Adafactor's rows and columns): the spec without those dims. Anything else (counts,
+    schedules): replicated.
 
     Args:
       abstract_state: `jax.eval_shape(optimizer.init, params)`.
@@ -29,6 +30,8 @@ def optimizer_specs(abstract_state: Any, params: Mapping[str, LeafPlan], sharded
         full = owner.spec(sharded)
         if tuple(leaf.shape) == owner.shape:
             return full
+        if tuple(leaf.shape[1:]) == owner.shape:
+            return PartitionSpec(None, *full)
         return _reduced(tuple(leaf.shape), owner.shape, full)
 
     return map_with_path(spec, abstract_state)
@@ -43,9 +46,7 @@ def _owner(path: str, params: Mapping[str, LeafPlan]) -> LeafPlan | None:
     return None
 
 
-def _reduced(
-    shape: tuple[int, ...], whole: tuple[int, ...], spec: PartitionSpec
-) -> PartitionSpec:
+def _reduced(shape: tuple[int, ...], whole: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
     """The spec of an array that kept a subsequence of another's dims."""
     entries = [*spec, *[None] * (len(whole) - len(spec))]
     kept, dim = [], 0

@@ -65,6 +65,12 @@ def plan(
         strategy = Strategy.parse(strategy)
     strategy = strategy or Strategy(data=-1)
     _refuse_unavailable(strategy)
+    if isinstance(optimizer, optax.MultiSteps):
+        raise StrategyError(
+            "optax.MultiSteps accumulates gradients over steps; here one step already can: "
+            "Strategy(num_microbatches=...) splits the batch. To do both, pass "
+            "MultiSteps(...).gradient_transformation()"
+        )
     if not isinstance(optimizer, optax.GradientTransformation):
         raise StrategyError(
             f"optimizer is a {type(optimizer).__name__}, not an optax.GradientTransformation such "

@@ -35,6 +35,9 @@ def make_step(
       `(state, batch) -> (state, metrics)`.
     """
 
+    # Some transformations want the loss (`reduce_on_plateau`); the others ignore it.
+    update = optax.with_extra_args_support(optimizer).update
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
         found = grad_fn(state.params, state.variables, batch, key)
@@ -48,7 +51,7 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0)
 
         params = shard_update(state.params)
-        updates, opt_state = optimizer.update(shard_update(grads), state.opt_state, params)
+        updates, opt_state = update(shard_update(grads), state.opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         new_state = state.replace(

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from pipeline_models import BATCH, LinenModel, NnxModel, loss, make_batch, setup
+from pipeline_models import BATCH, LinenModel, NnxModel, abstract_batch, loss, make_batch, setup
 
 from shardtrain.errors import StageSplitError
+from shardtrain.modules import standardize
+from shardtrain.modules.intercept import Calls, cast_floating
+from shardtrain.pipeline import make_pipeline, make_schedule
 from shardtrain.pipeline.extract import extract
 from shardtrain.pipeline.stages import from_stage_major, stage_layout, to_stage_major
 from shardtrain.pytree import leaves_by_path
@@ -170,3 +173,41 @@ def test_a_user_can_point_at_the_block():
     assert model.count == 4
     with pytest.raises(StageSplitError, match=r"no repeated block at 'blocks'.* layer_\*"):
         extract(make_loss, loss, form, BATCH, num_chunks=2, block="blocks")
+
+
+@pytest.mark.parametrize("model", [lambda r: NnxModel(r, "plain"), lambda r: NnxModel(r, "scan")])
+def test_mixed_precision_keeps_the_blocks_own_parameters(model):
+    form, _, _, _ = setup(model)
+    half = Calls(compute_dtype=jnp.bfloat16)
+
+    def make_loss(user_loss):
+        def pure(params, variables, batch, key):
+            params = cast_floating(params, jnp.bfloat16)
+            out, new = form.apply(user_loss, params, variables, key, True, (batch,), half)
+            return standardize(out, 2, False)[0], new
+
+        return pure
+
+    pipeline = make_pipeline(form, make_loss, loss, abstract_batch(8), make_schedule("1f1b", 2, 2))
+    assert len(pipeline.model.params) == 2
+    assert set(pipeline.model.param_dtypes) == {jnp.dtype("bfloat16")}
+    assert pipeline.form.abstract_params.blocks.keys() == {
+        leaf.name for leaf in pipeline.model.params
+    }
+    major = jax.eval_shape(pipeline.form.init, jax.random.key(0))[0]
+    assert {x.shape[:3] for x in major.blocks.values()} == {(2, 1, 2)}
+    assert {x.dtype for x in major.blocks.values()} == {jnp.dtype("float32")}
+
+
+def test_the_stage_major_form_is_the_same_model():
+    form, make_loss, params, variables = setup(lambda rngs: NnxModel(rngs, "norm"))
+    pipeline = make_pipeline(form, make_loss, loss, abstract_batch(8), make_schedule("1f1b", 4, 2))
+    major = to_stage_major(params, pipeline.params), to_stage_major(variables, pipeline.variables)
+    total = lambda model, batch: loss(model, batch)[0].total
+    args = (jax.random.key(0), True, (make_batch(4),), Calls())
+    found, new = pipeline.form.apply(total, *major, *args)
+    expected, expected_new = form.apply(total, params, variables, *args)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    back = from_stage_major(new, pipeline.variables)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(close, back["blocks"], expected_new["blocks"])

@@ -10,7 +10,7 @@ from typing import Any
 import jax.extend.core as jex
 
 from shardtrain.pipeline.antiunify import anti_unify
-from shardtrain.pipeline.jaxprs import Program, depends, is_literal, type_of, variables
+from shardtrain.pipeline.jaxprs import Program, casts, depends, is_literal, type_of, variables
 from shardtrain.pipeline.markers import BlockGroup
 
 
@@ -171,10 +171,11 @@ def _core(pieces: list, carried: set) -> list[int]:
 def from_scan(program: Program, params: set[jex.Var], num_chunks: int) -> BlockSet | str:
     """Blocks from the `lax.scan` that runs over most stacked parameters, or why not."""
     scans = []
+    whole = casts(program.eqns, params)
     for eqn in program.eqns:
         if eqn.primitive.name == "scan":
             skip = eqn.params["num_consts"] + eqn.params["num_carry"]
-            stacked = [v for v in variables(eqn.invars[skip:]) if v in params]
+            stacked = [v for v in variables(eqn.invars[skip:]) if whole.get(v, v) in params]
             scans.append((sum(type_of(v).size for v in stacked), len(scans), eqn))
     weight, _, eqn = max(scans, default=(0, 0, None), key=lambda s: s[:2])
     if not weight or eqn is None:

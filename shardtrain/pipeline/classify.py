@@ -13,6 +13,7 @@ from shardtrain.pipeline.blocks import BlockSet, Stacked
 from shardtrain.pipeline.jaxprs import (
     backward_slice,
     build,
+    casts,
     depends,
     is_literal,
     type_of,
@@ -36,6 +37,7 @@ class Extracted:
     Attributes:
         count: number of blocks (layers) in the pipeline.
         params: the blocks' parameters.
+        param_dtypes: dtypes in which the block reads them (mixed precision casts every parameter).
         states: the blocks' variables that change (BatchNorm, rng counters).
         outer_params, outer_variables: paths of all other leaves.
         pre: outer -> first carry.
@@ -53,6 +55,7 @@ class Extracted:
 
     count: int
     params: tuple[LayerLeaf, ...]
+    param_dtypes: tuple[Any, ...]
     states: tuple[LayerLeaf, ...]
     outer_params: tuple[str, ...]
     outer_variables: tuple[str, ...]
@@ -130,6 +133,7 @@ def classify(trace: "Trace", blocks: BlockSet) -> Extracted:
     return Extracted(
         count=blocks.count,
         params=tuple(leaf for _, leaf in slots.params),
+        param_dtypes=tuple(type_of(slot).dtype for slot, _ in slots.params),
         states=tuple(leaf for _, leaf, _ in slots.states),
         outer_params=tuple(outer_params),
         outer_variables=tuple(outer_vars),
@@ -183,7 +187,9 @@ def _uses(trace: "Trace", blocks: BlockSet) -> tuple[set, set]:
         for atoms in blocks.slots.values()
         for a in (atoms if isinstance(atoms, tuple) else [atoms.var])
     ]
-    inputs = [*trace.params.values(), *trace.variables.values()]
+    inputs = {*trace.params.values(), *trace.variables.values()}
+    whole = casts(blocks.rest, trace.params.values())
+    sides = [a for a in sides if is_literal(a) or whole.get(a, a) not in inputs]
     needed = [a for a in [*outputs, *firsts, *sides] if is_literal(a) or a not in inputs]
     kept = backward_slice(blocks.rest, needed)
     return {v for eqn in kept for v in variables(eqn.invars)}, set(variables(outputs))
@@ -244,18 +250,20 @@ def _sort_slots(trace: "Trace", blocks: BlockSet, states: dict[jex.Var, LayerLea
     )
     found = _Slots()
     seen = set()
+    whole = casts(blocks.rest, trace.params.values())
     for slot, atoms in blocks.slots.items():
         each = (atoms.var,) if isinstance(atoms, Stacked) else atoms
         stacked = isinstance(atoms, Stacked)
+        given, each = each, tuple(a if is_literal(a) else whole.get(a, a) for a in each)
         known = tuple(variable_of.get(a, "") if not is_literal(a) else "" for a in each)
         alone = all(not is_literal(a) and a not in read for a in each)
-        alone = alone and all(operands[a] == 1 for a in each)
+        alone = alone and all(operands[a] == 1 for a in given)
         if known in by_paths:
             base, leaf = by_paths[known]
             found.states.append((slot, leaf, base))
             seen.add(base)
-        elif not stacked and all(a is each[0] for a in each):
-            found.shared.append((slot, each[0]))
+        elif not stacked and all(a is given[0] for a in given):
+            found.shared.append((slot, given[0]))
         elif alone and all(a in param_of for a in each):
             paths = tuple(param_of[a] for a in each)
             found.params.append((slot, LayerLeaf.of(paths, stacked=stacked)))

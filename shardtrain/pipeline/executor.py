@@ -34,6 +34,7 @@ def make_pipeline_grad(
     params_layout: StageLayout,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     constrain: Callable[[StageMajor], StageMajor] = lambda grads: grads,
+    gather: Callable[[list], list] = lambda params: params,
 ) -> GradFn:
     """The gradient function of a pipelined model.
 
@@ -44,6 +45,8 @@ def make_pipeline_grad(
         params_layout: layout of the parameters, from `stage_layout`.
         batch_axes: mesh axes that shard the batch dim.
         constrain: keeps the gradient accumulator in its sharding.
+        gather: brings the blocks' chunks `[P, layers, ...]`, listed like `model.params`, from
+            their stored shards to the layout of the computation.
 
     Returns:
         `(params, variables, batch, key) -> Gradients`: sums over all microbatches, for parameters,
@@ -64,7 +67,7 @@ def make_pipeline_grad(
             f"schedule {schedule.name!r} is for {schedule.num_stages} x {schedule.virtual_stages} "
             f"(stages x virtual stages), the parameters are laid out for {sizes[0]} x {sizes[1]}"
         )
-    stages = Stages(model, params_layout, unroll=schedule.splits_weight)
+    stages = Stages(model, params_layout, gather, schedule.splits_weight)
 
     def grad_fn(params: StageMajor, variables: StageMajor, batch: Any, key: jax.Array) -> Gradients:
         rows = _rows(batch, schedule.num_microbatches)

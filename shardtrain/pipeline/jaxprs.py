@@ -69,8 +69,21 @@ def _inline(
         else:
             outs = [jex.Var(v.aval) for v in eqn.outvars]
             program.eqns.append(eqn.replace(invars=ins, outvars=outs))
+            outs = _forwarded(eqn, ins, outs)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in jaxpr.outvars]
+
+
+def _forwarded(eqn: jex.JaxprEqn, ins: list[Any], outs: list[Any]) -> list[Any]:
+    """Results of a remat that are its inputs (rng keys it hands back): the inputs themselves."""
+    if "prevent_cse" not in eqn.params:
+        return outs
+    jaxpr = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    given = dict(zip(jaxpr.invars, ins, strict=True))
+    return [
+        out if is_literal(inner) else given.get(inner, out)
+        for inner, out in zip(jaxpr.outvars, outs, strict=True)
+    ]
 
 
 def _note(program: Program, name: str, atom: Any, remat: dict[str, Any] | None) -> None:
@@ -134,6 +147,17 @@ def depends(eqns: Sequence[jex.JaxprEqn], seeds: Iterable[jex.Var]) -> set[jex.V
     for eqn in eqns:
         if found.intersection(variables(eqn.invars)):
             found.update(eqn.outvars)
+    return found
+
+
+def casts(eqns: Sequence[jex.JaxprEqn], sources: Iterable[jex.Var]) -> dict[jex.Var, jex.Var]:
+    """Values that are one of `sources` in another dtype: cast value -> source."""
+    found, known = {}, set(sources)
+    for eqn in eqns:
+        if eqn.primitive.name == "convert_element_type" and not is_literal(eqn.invars[0]):
+            source = found.get(eqn.invars[0], eqn.invars[0])
+            if source in known:
+                found[eqn.outvars[0]] = source
     return found
 
 

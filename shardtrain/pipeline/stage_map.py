@@ -24,11 +24,14 @@ class Stages:
     Args:
         model: the extracted model.
         layout: sizes (stages, virtual stages, layers per chunk).
+        gather: brings chunks `[P, layers, ...]` from the layout they are stored in (fsdp shards)
+            to the one the computation uses; differentiated through.
         unroll: spell the layers of a chunk out instead of scanning them.
     """
 
     model: Extracted
     layout: StageLayout
+    gather: Callable[[list], list] = lambda params: params
     unroll: bool = False
 
     def first_carry(self, outer: Sequence[Any]) -> list[Any]:
@@ -64,6 +67,8 @@ class Stages:
         """All stages' chunks: `(carry [P, ...], new states [P, layers, ...])`."""
         stage = jnp.arange(self.layout.num_stages)
         start = (virtual * self.layout.num_stages + stage) * self.layout.per_chunk
+        dtypes = self.model.param_dtypes
+        params = [x.astype(dtype) for x, dtype in zip(self.gather(params), dtypes, strict=True)]
         return jax.vmap(self._chunk, spmd_axis_name=AXIS)(params, states, sides, start, carry)
 
     def _chunk(

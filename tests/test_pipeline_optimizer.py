@@ -1,0 +1,76 @@
+"""Every optimizer gives a pipelined model the unpipelined update, or is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shardtrain.errors import StageSplitError
+from shardtrain.pipeline.optimizer import map_layers, pipelined_optimizer
+from shardtrain.pipeline.stages import LayerLeaf, from_stage_major, stage_layout, to_stage_major
+
+LAYERS = 4
+
+
+def make_params():
+    rng = np.random.default_rng(1)
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    layer = lambda: {"kernel": array(6, 8), "bias": array(8)}
+    return {"embed": array(16, 8), "layers": {str(n): layer() for n in range(LAYERS)}}
+
+
+PARAMS = make_params()
+LEAVES = tuple(
+    LayerLeaf.of(tuple(f"layers/{n}/{name}" for n in range(LAYERS)), stacked=False)
+    for name in ("kernel", "bias")
+)
+LAYOUT = stage_layout(PARAMS, LEAVES, LAYERS, num_stages=2, virtual_stages=1)
+MATRICES = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+
+STACKED = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adamw": optax.adamw(1e-2),
+    "lion": optax.lion(1e-2),
+    "clip, adam": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+}
+PER_LAYER = {
+    "adamw, matrices decay": optax.adamw(1e-2, weight_decay=0.1, mask=MATRICES),
+    "lamb": optax.lamb(1e-2),
+    "lars": optax.lars(1e-2),
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "muon": optax.contrib.muon(1e-2),
+    "clip by block": optax.chain(optax.clip_by_block_rms(0.5), optax.sgd(0.1)),
+    "clip, lamb": optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", [*STACKED, *PER_LAYER])
+def test_the_update_is_the_unpipelined_one(name):
+    optimizer = {**STACKED, **PER_LAYER}[name]
+    pipelined = pipelined_optimizer(optimizer, PARAMS, LAYOUT)
+    assert (pipelined is optimizer) == (name in STACKED)
+    grads = jax.tree.map(jnp.cos, PARAMS)
+    first = lambda tx: jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
+    expected = first(optimizer)(grads, PARAMS)
+    updates = first(pipelined)(to_stage_major(grads, LAYOUT), to_stage_major(PARAMS, LAYOUT))
+    found = from_stage_major(updates, LAYOUT)
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+    jax.tree.map(compare, found, expected)
+
+
+def test_optimizers_that_compare_layers_are_refused():
+    by_name = {"embed": "a", "layers": {str(n): "b" for n in range(LAYERS)}}
+    labelled = optax.multi_transform({"a": optax.sgd(0.1), "b": optax.sgd(0.2)}, by_name)
+    with pytest.raises(StageSplitError, match=r"cannot update a pipelined model.*stacked: "):
+        pipelined_optimizer(labelled, PARAMS, LAYOUT)
+    late_clip = optax.chain(
+        optax.clip_by_block_rms(0.5), optax.clip_by_global_norm(0.5), optax.sgd(0.1)
+    )
+    with pytest.raises(StageSplitError, match=r"per layer: updates differ by"):
+        pipelined_optimizer(late_clip, PARAMS, LAYOUT)
+
+
+def test_state_of_mapped_optimizers_is_sharded_by_stage():
+    state = map_layers(optax.adam(1e-2)).init(to_stage_major(PARAMS, LAYOUT))
+    assert {x.shape[0] for x in jax.tree.leaves(state)} == {2}

@@ -80,17 +80,22 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array | None 
             f"cross_entropy: logits {logits.shape} and targets {targets.shape}: targets must have "
             "the shape of logits without the last dim"
         )
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     if mask is None:
-        return Mean(jnp.sum(nats), jnp.float32(targets.size))
+        return Mean(jnp.sum(_nats(logits, targets)), jnp.float32(targets.size))
     if mask.shape != targets.shape[: mask.ndim]:
         raise LossContractError(
             f"cross_entropy: mask {mask.shape} does not match targets {targets.shape}"
         )
     weights = mask.astype(jnp.float32).reshape(mask.shape + (1,) * (targets.ndim - mask.ndim))
     weights = jnp.broadcast_to(weights, targets.shape)
-    # `where`, not a product alone: a masked position may hold an infinity, and 0 * inf is nan.
-    return Mean(jnp.sum(jnp.where(weights == 0, 0.0, nats * weights)), jnp.sum(weights))
+    # Masked positions may hold anything (an infinity, a target of -100), and 0 * inf is nan.
+    seen = weights != 0
+    nats = _nats(jnp.where(seen[..., None], logits, 0), jnp.where(seen, targets, 0))
+    return Mean(jnp.sum(nats * weights), jnp.sum(weights))
+
+
+def _nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
 
 
 @jax.tree_util.register_dataclass

@@ -265,7 +265,8 @@ def check_replication(plans: Mapping[str, LeafPlan], strategy: Strategy, sizes: 
         f"{len(silent)} of {len(plans)} parameters ({share:.0%} of bytes) are fully replicated on "
         f"a mesh with {asked}:\n{rows}\nFix: axis sizes that divide these dims (or no such axis: "
         f"{' or '.join(f'{a}=1' for a in meant)}), Strategy(rules={{'<path glob>': (axes per "
-        f"dim)}}), or accept it with Strategy(allow_replicated=({silent[0].path!r},)) — globs work, '**' accepts all"
+        f"dim)}}), or accept it with Strategy(allow_replicated=({silent[0].path!r},)) — globs "
+        "work, '**' accepts all"
     )
 
 

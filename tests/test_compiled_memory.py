@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardtrain.planner.compiled import compile_lowered
 from shardtrain.planner.hlo import parse_hlo
-from shardtrain.planner.liveness import Buffer, temporaries_at_peak
+from shardtrain.planner.temporaries import Buffer, temporaries_at_peak
 
 WIDTH, BATCH = 128, 1024
 

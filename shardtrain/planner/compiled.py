@@ -19,7 +19,7 @@ from shardtrain.planner.collectives import Collective, collectives_in, device_as
 from shardtrain.planner.flops import count_flops
 from shardtrain.planner.hlo import Module, parse_hlo
 from shardtrain.planner.lints import Lint, lint_collectives
-from shardtrain.planner.liveness import Buffer, temporaries_at_peak
+from shardtrain.planner.temporaries import Buffer, temporaries_at_peak
 from shardtrain.planner.traffic import axes_text, collectives_table, format_bytes, total_bytes
 
 

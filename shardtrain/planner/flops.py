@@ -21,6 +21,7 @@ _DIM_LABELS = re.compile(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
 _SILENT_CALLS = (
     "AllocateBuffer", "ConcatBitcast", "SliceToDynamic", "PadToStatic", "TopK", "annotate",
     "AsyncCollective", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+    "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked",
 )  # fmt: skip
 
 

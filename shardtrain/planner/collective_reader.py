@@ -45,6 +45,11 @@ class Layout:
 def make_layout(
     names: Sequence[str], device_ids: np.ndarray, assignment: Sequence[int] | None
 ) -> Layout:
+    """Where each logical device position is in a mesh; see `parse_collectives`.
+
+    Raises:
+        ValueError: names, mesh and assignment disagree.
+    """
     ids = np.asarray(device_ids)
     if ids.ndim != len(names):
         raise ValueError(f"{len(names)} axis names {tuple(names)} for a mesh of shape {ids.shape}")

@@ -2,7 +2,8 @@
 
 Backends report how much temporary memory a program needs, not what for. Here the program's buffers
 are followed to its fullest moment and named by operation and source line. On CPU and GPU their sum
-was within a tenth of the backend's figure, mostly within three percent; on TPU it can be further off.
+was within a tenth of the backend's figure, mostly within three percent; on TPU it can be further
+off.
 """
 
 import re

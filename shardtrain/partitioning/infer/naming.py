@@ -22,10 +22,6 @@ class Namer:
         self.roots = graph.atoms.roots
         self.in_params = Counter(r for _, _, dims in params for d in dims for r in self.roots(d))
         self.linked = self._linked_to_params()
-        self.inner: dict[int, set[int]] = {}  # inner factor of a parameter's dim → the one before
-        for dim in (self.roots(d) for _, _, dims in params for d in dims):
-            for i in range(1, len(dim) - 1):
-                self.inner.setdefault(dim[i], set()).add(dim[i - 1])
 
     def run(self) -> dict[int, str]:
         """Class → name, for all classes of parameters and inputs."""
@@ -89,14 +85,13 @@ class Namer:
         free = self.roots(c.lhs_free), self.roots(c.rhs_free)
         self._name((r for r in shared if self.in_params[r]), "heads")
         self._name(set(free[0]) & set(free[1]), "sequence")  # every query with every key
-        rest = [r for r in (*contracted, *free[0], *free[1]) if not self._minor_of_heads(r)]
         of_heads = any(self._is(r, "heads") for r in shared)
         scores = all(any(self._is(r, "sequence") for r in f) for f in free)
-        if scores and not of_heads:  # one key head: the query heads are a free dim
+        if scores:  # what only the queries have: their heads, or heads per key head
             queries = [r for f in free for r in f if self.in_params[r]]
-            self._name((r for r in queries if r not in self.names), "heads")
-            of_heads = bool(queries)
-        for r in rest:
+            self._name(queries, "q_per_kv" if of_heads else "heads")
+            of_heads = of_heads or bool(queries)
+        for r in (*contracted, *free[0], *free[1]):
             if r not in self.linked:
                 self._name([r], "sequence")
             elif of_heads:
@@ -112,14 +107,10 @@ class Namer:
                 roots = self.roots(dim)
                 yield from pairwise(roots)
 
-    def _minor_of_heads(self, root: int) -> bool:
-        """A factor right after the kv heads and before another factor: queries per kv head."""
-        return any(self._is(major, "heads") for major in self.inner.get(root, ()))
-
     def _grouped_queries(self) -> None:
+        """Query heads that are two factors: key heads, and queries per key head."""
         for major, minor in self._pairs():
-            both = self._is(major, "heads") and self.names.get(minor, "heads") == "heads"
-            if both and self._minor_of_heads(minor):
+            if self._is(major, "heads") and self.names.get(minor) in ("heads", "q_per_kv"):
                 self.names[major], self.names[minor] = "kv_heads", "q_per_kv"
 
     def _experts(self) -> None:
@@ -191,10 +182,6 @@ class Namer:
                 self._name((r for r in free if r in taken and self.in_params[r]), "channels")
                 self._name((r for r in free if self.in_params[r]), "conv_out")
                 self._name((r for r in self.roots(c.contracted) if self.in_params[r]), "conv_in")
-        for _, array, dims in self.params:
-            if array.ndim > 3 and any(self.names.get(r, "") for d in dims for r in self.roots(d)):
-                blocked = (self.roots(d) for d in dims[:-2])
-                self._name((r for roots in blocked for r in roots), "window")
 
     def _fused(self) -> None:
         """A dim that is cut into (or glued from) named dims, through any number of cuts."""

@@ -99,6 +99,7 @@ def conv_general_dilated(site: Site, ins: list[Dims]) -> list[Dims]:
         for dim in (lhs[a], rhs[b], out[c]):
             site.block(dim, "a spatial dim of a convolution")
     site.graph.spatial.append([out[c] for c in o[2:]])
+    site.graph.spatial.append([rhs[b] for b in right[2:]])
     out[o[0]], out[o[1]] = lhs[left[0]], rhs[right[0]]
     groups = site.params["feature_group_count"], site.params["batch_group_count"]
     if groups != (1, 1):
@@ -115,7 +116,7 @@ def conv_general_dilated(site: Site, ins: list[Dims]) -> list[Dims]:
     else:
         site.unify(lhs[left[1]], rhs[right[1]])
     width = math.prod(site.shape(1)) // max(1, site.shape(1)[right[0]])
-    kind = "conv" if window > 1 else "dot"
+    kind = "conv" if right[2:] else "dot"
     inner = [rhs[right[1]]]
     _record(site, inner, [], [lhs[left[0]]], [rhs[right[0]]], width, inner, kind)
     return [out]

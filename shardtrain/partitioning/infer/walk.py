@@ -35,6 +35,7 @@ class Walk:
     def __init__(self, graph: DimGraph, inputs: Sequence[Dims] = ()) -> None:
         self.graph = graph
         self.inputs = inputs
+        self.looped: set[int] = set()  # atoms of weights that loops have used
 
     def run(self, jaxpr: Any, ins: list[Traced], outer: str, times: float) -> list[Traced]:
         """Interpret a (closed) jaxpr.
@@ -122,19 +123,25 @@ class Walk:
             p["jaxpr"], [*args[:first], *inner], site.source, site.times * max(1, p["length"])
         )
         self._tie(site, carry, outs)
-        if self._is_recurrent(length, carry):
+        if self._is_recurrent(args[:first], carry, xs):
             for partial in self.graph.partials[before:]:
                 site.block([a for t in partial.terms for a in t], _EACH_STEP)
         ys = [Traced([length, *y.dims], y.data) for y in outs[len(carry) :]]
         return [*(Traced(c.dims, data) for c in carry), *ys]
 
-    def _is_recurrent(self, length: Sequence[int], carry: list[Traced]) -> bool:
-        """A loop over a dim of the inputs that carries examples, as an RNN over time does."""
+    def _is_recurrent(self, consts: list[Traced], carry: list[Traced], xs: list[Traced]) -> bool:
+        """A loop over data that carries examples through the same weights, as an RNN over time.
+
+        The backward loop of a block that is merely applied several times also runs over data; it
+        is told by its weights, which an earlier loop has used.
+        """
         roots = self.graph.atoms.roots
+        weights = {a for c in consts if not c.data and len(c.dims) > 1 for d in c.dims for a in d}
+        new, self.looped = weights - self.looped, self.looped | weights
         carried = {r for c in carry for d in c.dims for r in roots(d)}
         batch = {r for d in self.inputs for r in roots(d[0])}
-        times = {r for d in self.inputs for dim in d[1:] for r in roots(dim)}
-        return bool(batch & carried) and bool(times & set(roots(length)))
+        over_data = any(x.data for x in xs) and all(x.data for x in xs if len(x.dims) > 1)
+        return bool(new) and over_data and bool(batch & carried)
 
     def _tie(self, site: Site, before: list[Traced], after: list[Traced]) -> None:
         """What comes around a loop has the dims of what went in."""

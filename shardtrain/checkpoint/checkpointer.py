@@ -65,8 +65,9 @@ class Checkpointer:
         report: gets one line per event (committed, restored, set aside); default: the logger
             `shardtrain.checkpoint`.
 
-    Use it in a `with` block, or call `close()`. A save in flight when the program ends is waited
-    for in any case.
+    Use it in a `with` block. Outside of one, call `close()`; a program that forgets to is made to
+    wait for the save in flight when it ends. (Python 3.12 cannot: there, outside of `with`, `save`
+    itself waits for the commit.)
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Checkpointer:
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failures: list[tuple[int, BaseException]] = []
         self._prepared = False
+        self._inside_with = False
         self.extra: dict[str, Any] = {}
         store.silence_logs()
         store.before_threads_stop(_wait_at_exit(weakref.ref(self)))
@@ -126,6 +128,8 @@ class Checkpointer:
             future = self._executor.submit(self._finish, handle, header, hashes, copied)
             self._pending = (step, future)
         self._raise_failures(f"Step {step} is being saved now.")
+        if not (self._inside_with or store.can_finish_at_exit()):
+            self.wait()
 
     def _prepare(self, infos: Mapping[str, leaves.LeafInfo]) -> None:
         """Once, before the first save: a shared directory of this very model, swept clean."""
@@ -220,6 +224,7 @@ class Checkpointer:
             self._executor.shutdown()
 
     def __enter__(self) -> "Checkpointer":
+        self._inside_with = True
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:

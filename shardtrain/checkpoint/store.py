@@ -7,6 +7,7 @@ Orbax writes the arrays of all processes, in parallel, and renames the directory
 there.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -87,14 +88,20 @@ def silence_logs() -> None:
     logging.getLogger("absl").addFilter(_NO_ORBAX)
 
 
+def can_finish_at_exit() -> bool:
+    """Whether Orbax can still finish a save while the interpreter ends.
+
+    It needs to start threads for that. Python 3.12 refuses to as soon as the main program is over
+    (3.11 and 3.13 do not).
+    """
+    return sys.version_info[:2] != (3, 12) and hasattr(threading, "_register_atexit")
+
+
 def before_threads_stop(callback: Callable[[], None]) -> None:
     """Run `callback` when the interpreter ends, while background threads still can work.
 
     `atexit` is too late: by then `concurrent.futures` refuses new work and a save in flight dies.
     `threading._register_atexit` is private; seen in Python 3.9 to 3.14.
     """
-    register = getattr(threading, "_register_atexit", None)
-    if register is None:
-        sys.stderr.write("shardtrain: call Checkpointer.close() before the program ends.\n")
-        return
+    register = getattr(threading, "_register_atexit", atexit.register)
     register(callback)

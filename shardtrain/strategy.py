@@ -36,7 +36,8 @@ class Strategy:
         3 + parameters.
       rules: `{logical axis name or parameter glob: mesh axes}` overrides. A value is a mesh axis
         name, a tuple of them (one dim over several axes), or None; for a glob (it contains `*`,
-        `?`, `/` or `[`) the value is a tuple with one entry per dim.
+        `?`, `/` or `[`) the value is a tuple with one entry per dim. `{"pipeline": "layers/*"}`
+        points at the block to pipeline.
       sequence_parallel: Shard the residual stream's sequence dim over `tensor`.
       num_microbatches: Parts into which each global batch is split, one after another.
       schedule: Pipeline schedule: gpipe, 1f1b, interleaved, zero-bubble.

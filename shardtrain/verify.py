@@ -207,7 +207,8 @@ def _compare(plan: Plan, reference: Plan, batches: Sequence[Any], seed: int) -> 
         differences.append(_difference(step, "loss", "", mine[0], expected[0], tolerance))
         grads = leaves_by_path(expected[1])
         scale = _scale(grads)
-        for path, value in leaves_by_path(mine[1]).items():
+        new = plan.to_checkpoint(new)
+        for path, value in leaves_by_path(_unstacked(plan, mine[1])).items():
             differences.append(
                 _difference(step, "grad", path, value, grads[path], tolerance, scale)
             )
@@ -244,7 +245,13 @@ def _gradients(plan: Plan) -> Callable[[Any, Any], tuple[Any, Any]]:
     return jax.jit(run, in_shardings=(layout.state_shardings, layout.batch_shardings))
 
 
+def _unstacked(plan: Plan, grads: Any) -> Any:
+    return grads if plan.pipelined is None else plan.pipelined.unstack_params(grads)
+
+
 def _copy(state: Any, plan: Plan) -> Any:
+    if plan.pipelined is not None:
+        state = plan.pipelined.stack(state)
     return jax.tree.map(own, state, plan.layout.state_shardings)
 
 

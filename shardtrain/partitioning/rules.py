@@ -56,6 +56,8 @@ def check_rules(rules: Mapping[str, Any]) -> None:
       UnknownAxisError: It does not; the nearest is suggested.
     """
     for key, value in rules.items():
+        if key == "pipeline":  # points at the repeated block by its path
+            continue
         entries = value if is_glob(key) and isinstance(value, tuple) else (value,)
         for entry in entries:
             for axis in as_axes(entry):
@@ -110,6 +112,8 @@ def check_used(
       UnusedRuleError: A rule matches nothing.
     """
     for key in rules:
+        if key == "pipeline":
+            continue
         if is_glob(key):
             if not any(matches(p, key) for p in paths):
                 near = suggest(key.replace("*", ""), paths)

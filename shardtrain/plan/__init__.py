@@ -15,6 +15,7 @@ from shardtrain.plan.core import Plan
 from shardtrain.plan.inference import INFERRED_AXES, axis_table, infer_layout
 from shardtrain.plan.layout import make_layout
 from shardtrain.plan.loss import make_loss, user_loss
+from shardtrain.plan.pipelined import make_pipelined
 from shardtrain.pytree import abstract
 from shardtrain.strategy import Strategy
 
@@ -76,6 +77,7 @@ def plan(
             f"optimizer is a {type(optimizer).__name__}, not an optax.GradientTransformation such "
             "as optax.adamw(1e-3)"
         )
+    given_optimizer = optimizer
     mesh = _mesh(strategy, hardware, devices)
     loss = user_loss(loss_fn)
     shapes = abstract(batch)
@@ -83,12 +85,16 @@ def plan(
     form = model_form(model, example, shapes)
     inferred = _infer(form, loss, shapes, strategy, mesh)
     layout = make_layout(form, optimizer, shapes, strategy, mesh, inferred)
+    pipelined = None
+    if strategy.pipeline > 1:
+        pipelined = make_pipelined(form, loss, optimizer, layout, strategy)
+        form, layout, optimizer = pipelined.form, pipelined.layout, pipelined.optimizer
 
     def again(**changes: Any) -> Plan:
         """The same model, loss, optimizer and batch under another strategy or on other devices."""
         given: dict[str, Any] = {"strategy": strategy, "hardware": hardware, "devices": devices}
         given |= {"eval_fn": eval_fn, "donate": donate} | changes
-        return plan(model, loss_fn, optimizer, batch, **given)
+        return plan(model, loss_fn, given_optimizer, batch, **given)
 
     return Plan(
         form=form,
@@ -102,6 +108,7 @@ def plan(
         example=None if _is_abstract(batch) else batch,
         hardware=None if hardware is None else str(hardware),
         findings=inferred.findings if inferred is not None else (),
+        pipelined=pipelined,
     )
 
 
@@ -128,8 +135,7 @@ def _mesh(strategy: Strategy, hardware: Hardware | str | None, devices: Any) -> 
 def _refuse_unavailable(strategy: Strategy) -> None:
     """Fields whose machinery is not in this version are refused, never ignored."""
     asked = {
-        "pipeline": strategy.pipeline > 1,
-        "virtual_stages": strategy.virtual_stages > 1,
+        "virtual_stages": strategy.virtual_stages > 1 and strategy.pipeline == 1,
         "sequence_parallel": strategy.sequence_parallel,
         "offload": strategy.offload,
         "sync": strategy.sync is not None,
@@ -139,8 +145,7 @@ def _refuse_unavailable(strategy: Strategy) -> None:
     if missing:
         raise StrategyError(
             f"Strategy({missing[0]}={getattr(strategy, missing[0])!r}) is not available in this "
-            "version; available: data, fsdp, tensor, expert, context, zero, num_microbatches, "
-            "remat, precision"
+            "version" + (" without pipeline > 1" if missing[0] == "virtual_stages" else "")
         )
 
 

@@ -16,6 +16,7 @@ from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
+from shardtrain.plan.pipelined import Pipelined, pipeline_gradients
 from shardtrain.plan.placement import check_batch, is_placed, own, place_tree
 from shardtrain.plan.views import PlanViews
 from shardtrain.planner.compiled import Compiled
@@ -50,6 +51,7 @@ class Plan(PlanViews):
         example: Any = None,
         hardware: str | None = None,
         findings: tuple[str, ...] = (),
+        pipelined: Pipelined | None = None,
     ):
         self.form = form
         self.strategy = strategy
@@ -61,6 +63,7 @@ class Plan(PlanViews):
         self.again = again
         self.example = example
         self.hardware = hardware
+        self.pipelined = pipelined
         self.trace_counts: collections.Counter[str] = collections.Counter()
         self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
         self.gradients = self._gradients()
@@ -208,6 +211,8 @@ class Plan(PlanViews):
 
     def _gradients(self) -> GradientPlan:
         layout, s = self.layout, self.strategy
+        if self.pipelined is not None:
+            return GradientPlan(pipeline_gradients(self.pipelined, s), ())
         loss_for = lambda local_axes: make_loss(
             self.form,
             self.loss,
@@ -345,10 +350,15 @@ class Plan(PlanViews):
         else:
             given = values, None
         params, others = given
-        self._check_values("params", params, self.layout.state.params)
+        wanted = self.abstract_checkpoint
+        self._check_values("params", params, wanted.params)
+        if self.pipelined is not None:
+            params = self.pipelined.stack_params(params)
         if others is None or not jax.tree.leaves(others):
-            others = self._initial_variables()
-        self._check_values("variables", others, self.layout.state.variables)
+            return params, self._initial_variables()
+        self._check_values("variables", others, wanted.variables)
+        if self.pipelined is not None:
+            others = self.pipelined.stack_variables(others)
         return params, others
 
     def _initial_variables(self) -> Any:
@@ -372,6 +382,31 @@ class Plan(PlanViews):
             raise ModelError(
                 f"the given {what} are not {self.form.name}'s:\n" + "\n".join(sorted(lines))
             )
+
+    # -- the state in the model's own layout ------------------------------------------------------
+
+    def to_checkpoint(self, state: TrainState) -> TrainState:
+        """The state as any mesh can restore it: layers that a pipeline stacked, one by one."""
+        if self.pipelined is None:
+            return state
+        return self._convert("unstack", state, self.abstract_checkpoint)
+
+    def from_checkpoint(self, state: TrainState) -> TrainState:
+        """The inverse of `to_checkpoint`."""
+        if self.pipelined is None:
+            return state
+        return self._convert("stack", state, self.layout.state)
+
+    @property
+    def abstract_checkpoint(self) -> TrainState:
+        """Shapes and shardings of what `to_checkpoint` returns."""
+        return self.layout.state if self.pipelined is None else self.pipelined.abstract_unstacked
+
+    def _convert(self, how: str, state: TrainState, like: TrainState) -> TrainState:
+        if how not in self._jitted_calls:
+            shardings = jax.tree.map(lambda x: x.sharding, like)
+            self._jitted_calls[how] = jax.jit(getattr(self.pipelined, how), out_shardings=shardings)
+        return self._jitted_calls[how](state)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records about the plan that wrote it; JSON-able."""

@@ -1,0 +1,251 @@
+"""A plan whose layers are split over pipeline stages.
+
+Design: the plan is first made as if there were no pipeline, so every rule, annotation and check
+sees the model's own paths. Then the blocks' arrays are stacked by stage (`StageMajor`), their specs
+with them, and the gradient function is the pipeline's. Checkpoints keep the unstacked form.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from shardtrain.errors import CompilerBugError
+from shardtrain.modules import ModelForm
+from shardtrain.partitioning import LeafPlan, optimizer_specs
+from shardtrain.pipeline import (
+    Pipeline,
+    StageLayout,
+    StageMajor,
+    from_stage_major,
+    from_stage_major_tree,
+    make_pipeline,
+    make_pipeline_grad,
+    make_schedule,
+    stage_major_specs,
+    to_stage_major,
+)
+from shardtrain.pipeline.optimizer import pipelined_optimizer
+from shardtrain.plan.gather import gather_at_use
+from shardtrain.plan.known_bugs import check_known_bugs
+from shardtrain.plan.layout import Layout
+from shardtrain.plan.loss import UserLoss, make_loss
+from shardtrain.pytree import map_with_path, nbytes
+from shardtrain.strategy import Strategy
+from shardtrain.train import GradFn, TrainState
+
+
+@dataclass(frozen=True)
+class Pipelined:
+    """A model split into stages, and its arrays' layout.
+
+    Args:
+      pipeline: The split.
+      layout: Shardings of the stacked arrays.
+      optimizer: The user's optimizer for stacked arrays: the same update.
+      whole: The layout as if there were no pipeline: what checkpoints look like.
+    """
+
+    pipeline: Pipeline
+    layout: Layout
+    optimizer: optax.GradientTransformation
+    whole: Layout
+
+    @property
+    def form(self) -> ModelForm:
+        """The model with stacked arrays."""
+        return self.pipeline.form
+
+    def stack_params(self, params: Any) -> StageMajor:
+        """A params-shaped tree in the model's own layout, stacked by stage."""
+        return to_stage_major(params, self.pipeline.params)
+
+    def unstack_params(self, params: StageMajor) -> Any:
+        """The inverse of `stack_params`."""
+        return from_stage_major(params, self.pipeline.params)
+
+    def stack_variables(self, variables: Any) -> StageMajor:
+        """A variables-shaped tree in the model's own layout, stacked by stage."""
+        return to_stage_major(variables, self.pipeline.variables)
+
+    def unstack(self, state: TrainState) -> TrainState:
+        """The state as a plan without pipeline would hold it."""
+        return state.replace(
+            params=self.unstack_params(state.params),
+            opt_state=from_stage_major_tree(state.opt_state, self.pipeline.params),
+            variables=from_stage_major(state.variables, self.pipeline.variables),
+        )
+
+    def stack(self, state: TrainState) -> TrainState:
+        """The inverse of `unstack`."""
+        is_stacked = lambda x: isinstance(x, StageMajor)
+        opt_state = jax.tree.map(
+            lambda like, x: self.stack_params(x) if is_stacked(like) else x,
+            self.layout.state.opt_state,
+            state.opt_state,
+            is_leaf=is_stacked,
+        )
+        return state.replace(
+            params=self.stack_params(state.params),
+            opt_state=opt_state,
+            variables=self.stack_variables(state.variables),
+        )
+
+    @property
+    def abstract_unstacked(self) -> TrainState:
+        """Shapes and shardings of the unstacked state."""
+        shapes = jax.eval_shape(self.unstack, self.layout.state)
+        known = {
+            p: x.sharding
+            for p, x in jax.tree_util.tree_leaves_with_path(self.whole.state)
+            if hasattr(x, "sharding")
+        }
+        whole = NamedSharding(self.layout.mesh, PartitionSpec())
+        return jax.tree_util.tree_map_with_path(
+            lambda p, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=known.get(p, whole)),
+            shapes,
+        )
+
+
+def make_pipelined(
+    form: ModelForm,
+    loss: UserLoss,
+    optimizer: optax.GradientTransformation,
+    whole: Layout,
+    s: Strategy,
+) -> Pipelined:
+    """Split a model into the strategy's stages.
+
+    Args:
+      form: The model.
+      loss: The user's loss.
+      optimizer: The user's optimizer.
+      whole: The layout without pipeline.
+      s: Stages, schedule, microbatches.
+
+    Raises:
+      StageSplitError: There is no repeated block, or it does not divide; says what was looked for.
+      ScheduleError: The schedule is unknown or does not fit.
+    """
+    plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    make = lambda fn: make_loss(
+        form, dataclasses.replace(loss, fn=fn), s, None, num_parts=s.num_microbatches
+    )
+    bugs = check_known_bugs(make(loss.fn), whole, s)
+    if bugs.grouped and bugs.idle_axes:
+        raise CompilerBugError(
+            f"the grouped convolution at {bugs.grouped[0]} would get wrong kernel gradients in a "
+            f"pipeline on this mesh (XLA; idle axes {', '.join(bugs.idle_axes)}). Use pipeline=1"
+        )
+    schedule = make_schedule(s.schedule, s.pipeline, s.num_microbatches, s.virtual_stages)
+    pipeline = make_pipeline(
+        form, make, loss.fn, plain(whole.batch), schedule, s.rules.get("pipeline")
+    )
+    stacked = pipelined_optimizer(optimizer, form.abstract_params, pipeline.params)
+    return Pipelined(pipeline, _layout(whole, pipeline, stacked, s), stacked, whole)
+
+
+def pipeline_gradients(found: Pipelined, s: Strategy) -> GradFn:
+    """The gradient function of the split model."""
+    layout, pipeline = found.layout, found.pipeline
+    names = [leaf.name for leaf in pipeline.model.params]
+    chunk = lambda spec: PartitionSpec(spec[0], *spec[2:])
+    options: dict[str, Any] = {}
+    if s.zero == 3 and layout.sizes["fsdp"] > 1:
+        compute = [chunk(layout.compute_specs.blocks[n]) for n in names]
+        full = [chunk(layout.full_specs.blocks[n]) for n in names]
+        options["gather"] = gather_at_use(layout.mesh, compute, full)
+    return make_pipeline_grad(
+        pipeline.model,
+        pipeline.schedule,
+        layout.mesh,
+        pipeline.params,
+        batch_axes=layout.batch_axes,
+        constrain=layout.constrain(layout.grad_specs),
+        **options,
+    )
+
+
+def _layout(
+    whole: Layout, pipeline: Pipeline, optimizer: optax.GradientTransformation, s: Strategy
+) -> Layout:
+    mesh, form = whole.mesh, pipeline.form
+    stack = lambda specs: _padded(stage_major_specs(specs, pipeline.params), form.abstract_params)
+    compute, full = stack(whole.compute_specs), stack(whole.full_specs)
+    params = _leaf_plans(whole.params, form.abstract_params, pipeline.params, compute, full)
+    others = _variable_specs(whole, pipeline)
+    variables = _leaf_plans(
+        whole.variables, form.abstract_variables, pipeline.variables, others, others
+    )
+    abstract_opt = jax.eval_shape(optimizer.init, form.abstract_params)
+    shard = lambda tree, specs: jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        tree,
+        specs,
+    )
+    state = whole.state.replace(
+        params=shard(form.abstract_params, full if s.zero == 3 else compute),
+        opt_state=shard(abstract_opt, optimizer_specs(abstract_opt, params, s.zero >= 1)),
+        variables=shard(form.abstract_variables, others),
+    )
+    return dataclasses.replace(
+        whole,
+        params=params,
+        variables=variables,
+        state=state,
+        update_specs=full if s.zero >= 1 else compute,
+        grad_specs=full if s.zero >= 2 else compute,
+        compute_specs=compute,
+        full_specs=full,
+    )
+
+
+def _variable_specs(whole: Layout, pipeline: Pipeline) -> StageMajor:
+    specs = jax.tree.map(lambda x: x.sharding.spec, whole.state.variables)
+    stacked = stage_major_specs(specs, pipeline.variables)
+    return _padded(stacked, pipeline.form.abstract_variables)
+
+
+def _padded(specs: StageMajor, like: StageMajor) -> StageMajor:
+    """Specs with one entry per dim, so that dims can be dropped from them."""
+    one = lambda spec, x: PartitionSpec(*spec, *[None] * (len(x.shape) - len(spec)))
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    return jax.tree.map(one, specs, like, is_leaf=is_spec)
+
+
+def _leaf_plans(
+    plans: Mapping[str, LeafPlan],
+    abstract: StageMajor,
+    layout: StageLayout,
+    compute: StageMajor,
+    full: StageMajor,
+) -> dict[str, LeafPlan]:
+    """The plans of stacked arrays, from those of the first layer of each stack."""
+    first = {f"blocks/{leaf.name}": leaf for leaf in layout.leaves}
+    found: dict[str, LeafPlan] = {}
+
+    def add(path: str, leaf: Any, compute: PartitionSpec, full: PartitionSpec) -> None:
+        block = first.get(path)
+        plan = plans[block.paths[0] if block is not None else path.removeprefix("outer/")]
+        names, why = plan.logical, plan.why
+        if block is not None:
+            inner = names[1:] if block.stacked else names
+            names = ("stage", "virtual_stage", "layers", *inner)
+            why = f"{layout.count} layers over {layout.num_stages} stages; {why}"
+        found[path] = dataclasses.replace(
+            plan,
+            path=path,
+            shape=tuple(leaf.shape),
+            logical=names,
+            compute=compute,
+            full=full,
+            why=why,
+            nbytes=nbytes(leaf),
+        )
+
+    map_with_path(add, abstract, compute, full)
+    return found

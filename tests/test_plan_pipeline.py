@@ -1,0 +1,152 @@
+"""`Strategy(pipeline=...)` through `st.plan`: the same training, and the same checkpoints."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import shardtrain as st
+from shardtrain.errors import LossContractError, StageSplitError, StrategyError
+
+WIDTH, VOCAB, LENGTH = 16, 32, 8
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(self.drop(nnx.gelu(self.up(self.norm(x)))))
+
+
+class Model(nnx.Module):
+    """Tied embeddings, so that one parameter is used before and after the stages."""
+
+    def __init__(self, rngs, layers=4):
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.layers = nnx.List([Block(rngs) for _ in range(layers)])
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.embed.attend(x)
+
+
+def loss_fn(model, batch):
+    return st.cross_entropy(model(batch["tokens"]), batch["targets"], batch["mask"])
+
+
+def rows(count=64):
+    random = np.random.default_rng(0)
+    return {
+        "tokens": random.integers(0, VOCAB, (count, LENGTH)).astype("int32"),
+        "targets": random.integers(0, VOCAB, (count, LENGTH)).astype("int32"),
+        "mask": (random.random((count, LENGTH)) > 0.3).astype("float32"),
+    }
+
+
+@pytest.fixture(scope="module")
+def loader():
+    return st.DataLoader(rows(), 16, seed=1)
+
+
+def make_plan(strategy, model=Model, optimizer=None):
+    batch = {k: v[:16] for k, v in rows().items()}
+    return st.plan(model, loss_fn, optimizer or optax.adam(1e-2), batch, strategy)
+
+
+@pytest.fixture(scope="module")
+def pipelined(devices):
+    return make_plan("data=2,pipeline=2,tensor=2,num_microbatches=4")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "fsdp=2,data=2,pipeline=2,num_microbatches=4,schedule=gpipe",
+        "data=4,pipeline=2,num_microbatches=2,schedule=interleaved,virtual_stages=2",
+        "data=2,pipeline=4,num_microbatches=4,max_grad_norm=0.5",
+    ],
+)
+def test_a_pipeline_trains_like_one_device(strategy, devices):
+    st.verify(make_plan(strategy), num_steps=1).raise_if_failed()
+
+
+def test_the_cube_trains_like_one_device(pipelined):
+    st.verify(pipelined, num_steps=2).raise_if_failed()
+
+
+def test_blocks_live_on_their_stage(pipelined):
+    kernel = pipelined.layout.params["blocks/layers/*/up/kernel"]
+    assert kernel.shape == (2, 1, 2, WIDTH, 2 * WIDTH)
+    assert kernel.full[0] == "pipeline"
+    assert "4 layers over 2 stages" in kernel.why
+    assert pipelined.schedule.name == "1f1b"
+    assert pipelined.schedule.num_microbatches == 4
+    sent = [c for c in pipelined.collectives() if c.kind == "collective-permute"]
+    assert any(c.axes == ("pipeline",) for c in sent)
+
+
+def test_checkpoints_move_between_any_number_of_stages(pipelined, loader, tmp_path):
+    """Pipeline 2 -> none -> 4: every restored number is the one that was saved."""
+    first = st.fit(pipelined, loader, 2, tmp_path, progress=False)
+    saved = pipelined.to_checkpoint(first.state)
+    flat = make_plan("data=8")
+    with st.Checkpointer(tmp_path, flat) as checkpoints:
+        restored = checkpoints.restore()
+    same = lambda a, b: jax.tree.map(
+        np.testing.assert_array_equal, (a.params, a.opt_state), (b.params, b.opt_state)
+    )
+    same(saved, restored)
+    deep = make_plan("data=2,pipeline=4,num_microbatches=2")
+    with st.Checkpointer(tmp_path, deep) as checkpoints:
+        again = checkpoints.restore()
+    same(saved, deep.to_checkpoint(again))
+    assert "params/layers/3/up/kernel" in str(st.inspect(tmp_path)) or (
+        "layers/3/up/kernel" in str(st.inspect(tmp_path))
+    )
+    continued = st.fit(flat, loader, 3, tmp_path, progress=False)
+    assert [h["step"] for h in continued.history] == [3]
+
+
+def test_the_model_comes_back_whole(pipelined):
+    state = pipelined.init(0)
+    model = pipelined.model(state)
+    reference = Model(nnx.Rngs(0))
+    np.testing.assert_array_equal(model.layers[3].up.kernel[...], reference.layers[3].up.kernel[...])
+    given = pipelined.init(variables=reference)
+    jax.tree.map(np.testing.assert_array_equal, given.params, state.params)
+
+
+def test_layers_that_do_not_divide_are_refused(devices):
+    with pytest.raises(StageSplitError, match="3 blocks"):
+        make_plan("data=2,pipeline=4,num_microbatches=2", lambda rngs: Model(rngs, layers=3))
+
+
+def test_a_model_without_blocks_is_refused(devices):
+    class Flat(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.embed.attend(self.embed(tokens))
+
+    with pytest.raises(StageSplitError, match="Looked for sibling modules that repeat"):
+        make_plan("data=4,pipeline=2", Flat)
+
+
+def test_a_mean_of_means_is_refused(devices):
+    mean = lambda model, batch: loss_fn(model, batch).value
+    batch = {k: v[:16] for k, v in rows().items()}
+    with pytest.raises(LossContractError, match="4 microbatches"):
+        st.plan(Model, mean, optax.sgd(0.1), batch, "data=4,pipeline=2,num_microbatches=4")
+
+
+def test_virtual_stages_need_a_pipeline(devices):
+    with pytest.raises(StrategyError, match="virtual_stages"):
+        make_plan("data=8,virtual_stages=2")

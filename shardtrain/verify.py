@@ -191,7 +191,8 @@ def verify(
 
 
 def _reference(plan: Plan) -> Plan:
-    single = plan.strategy.replace(**dict.fromkeys(AXES, 1), dcn={}, zero=0, rules={})
+    sizes = dict.fromkeys(AXES, 1)
+    single = plan.strategy.replace(**sizes, dcn={}, zero=0, rules={}, virtual_stages=1)
     return plan.again(strategy=single, devices=list(plan.mesh.devices.flat)[:1], donate=False)
 
 
@@ -308,6 +309,8 @@ def _differs_alone(
     size = plan.layout.sizes[axis]
     if size == 1:
         return False
-    strategy = plan.strategy.replace(**{**dict.fromkeys(AXES, 1), axis: size}, dcn={})
+    sizes = {**dict.fromkeys(AXES, 1), axis: size}
+    chunks = plan.strategy.virtual_stages if axis == "pipeline" else 1
+    strategy = plan.strategy.replace(**sizes, dcn={}, virtual_stages=chunks)
     alone = plan.again(strategy=strategy, devices=list(plan.mesh.devices.flat)[:size])
     return any(not d.ok for d in _compare(alone, reference, batches[:1], seed))

@@ -28,12 +28,17 @@ class Command:
 
 COMMANDS = {
     "train": Command("train a language model on text, sharded", "shardtrain.cli.train"),
+    "verify": Command("compare sharded training with one device", "shardtrain.cli.verify"),
+    "launch": Command("run several processes on this machine, supervised", "shardtrain.cli.launch"),
+    "inspect": Command("say what is in a checkpoint", "shardtrain.cli.inspect"),
+    "export": Command("write a checkpoint's parameters as safetensors", "shardtrain.cli.export"),
 }
 
 _EXAMPLES = (
     ("shardtrain train", "8 virtual CPU devices where there is no accelerator"),
     ("shardtrain train --data notes.txt", "your own text"),
     ("shardtrain train --strategy data=4,tensor=2", "another layout"),
+    ("shardtrain inspect runs/small-stdlib", "what a run has saved"),
 )
 
 

@@ -1,11 +1,17 @@
 """From a frozen dataclass of options to a parsed command line, by tyro."""
 
+import inspect
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 Options = TypeVar("Options")
+
+
+def plain(metavar: str | None = None) -> Any:
+    """Annotation of an option whose help text already says what happens without it."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 def parse(
@@ -23,7 +29,7 @@ def parse(
       command: Its name.
       examples: (command line, what it does) pairs, shown by `--help`.
     """
-    description = (options.__doc__ or "").partition("Args:")[0].strip()
+    description = inspect.cleandoc(options.__doc__ or "").partition("Args:")[0].strip()
     if examples:
         shown = "\n".join(f"  {line}\n    {note}" for line, note in examples)
         description += f"\n\nexamples:\n{shown}"

@@ -30,7 +30,8 @@ class ConsoleProgress(Callback):
     """
 
     def __init__(self, console: Console | None = None, every_seconds: float = 10.0):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # In a notebook rich's live display asks for ipywidgets; plain lines serve there.
+        self.console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
         self.every_seconds = every_seconds
         self._bar: Progress | None = None
         self._shown = -math.inf
@@ -43,8 +44,7 @@ class ConsoleProgress(Callback):
         self._flops = flops_of(run.plan, run.tokens_per_step)
         if run.first_step >= run.num_steps:
             return
-        # A notebook is no terminal to rich: it would ask for ipywidgets.
-        if self.console.is_terminal and not self.console.is_jupyter:
+        if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.completed}[/]/{task.total}"),
                 BarColumn(bar_width=None),

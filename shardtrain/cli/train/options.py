@@ -6,6 +6,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from shardtrain.cli.arguments import plain
+
 EXAMPLES = (
     ("shardtrain train", "the source of Python's standard library, on whatever devices are here"),
     ("shardtrain train --data notes.txt --steps 500", "your own text"),
@@ -47,20 +49,20 @@ class TrainOptions:
       tensorboard: Write TensorBoard event files to the run directory too.
     """
 
-    data: Annotated[tuple[Path, ...], arg(metavar="PATH ...")] = ()
-    tokenizer: Annotated[Path | None, arg(metavar="FILE")] = None
+    data: Annotated[tuple[Path, ...], plain("PATH ...")] = ()
+    tokenizer: Annotated[Path | None, plain("FILE")] = None
     model: Annotated[str, arg(metavar="NAME")] = "small"
-    strategy: Annotated[str | None, arg(metavar="STRING")] = None
-    devices: Annotated[int | None, arg(metavar="N")] = None
+    strategy: Annotated[str | None, plain("STRING")] = None
+    devices: Annotated[int | None, plain("N")] = None
     steps: Annotated[int, arg(metavar="N")] = 160
     batch: Annotated[int, arg(metavar="N")] = 16
     sequence: Annotated[int, arg(metavar="N")] = 128
-    lr: Annotated[float | None, arg(metavar="RATE")] = None
-    eval_every: Annotated[int | None, arg(metavar="N")] = None
-    save_every: Annotated[int | None, arg(metavar="N")] = None
-    out: Annotated[Path | None, arg(metavar="DIR")] = None
-    fresh: bool = False
+    lr: Annotated[float | None, plain("RATE")] = None
+    eval_every: Annotated[int | None, plain("N")] = None
+    save_every: Annotated[int | None, plain("N")] = None
+    out: Annotated[Path | None, plain("DIR")] = None
+    fresh: Annotated[bool, plain()] = False
     seed: Annotated[int, arg(metavar="N")] = 0
-    prompt: Annotated[str | None, arg(metavar="TEXT")] = None
+    prompt: Annotated[str | None, plain("TEXT")] = None
     sample: Annotated[int, arg(metavar="N")] = 400
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, plain()] = False

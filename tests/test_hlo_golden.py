@@ -362,3 +362,26 @@ ENTRY %m (a: {operand}) -> bf16[64,32] {{
 """
     found = count_flops(parse_hlo(text))
     assert (found.total, found.uncounted) == (expected, uncounted)
+
+
+PIECES = """  %c = f32[] constant({value})
+  %zeros = f32[64,8] broadcast(%c), dimensions={{}}
+  %i = u32[] partition-id()
+  %n = u32[] constant(0)
+  %whole = f32[{rows},8] dynamic-update-slice(%zeros, %x, %i, %n)
+  ROOT %r = f32[{rows},8] all-reduce(%whole), replica_groups=[2,4]<=[8], to_apply=%add"""
+
+
+def test_an_all_reduce_that_only_puts_pieces_together_is_a_gather():
+    (found,) = parse_hand(PIECES.format(value=0, rows=64))
+    assert found.is_sum_of_pieces
+    assert found.parameter == "params['w']"
+    (lint,) = lint_collectives([found])
+    # 2 (n-1)/n of 2048 bytes as it is; half of that as an all-gather.
+    assert (lint.kind, lint.bytes) == ("gather-by-all-reduce", 1536)
+
+
+def test_an_all_reduce_of_overlapping_pieces_is_one():
+    (found,) = parse_hand(PIECES.format(value=0, rows=32))
+    assert not found.is_sum_of_pieces
+    assert lint_collectives([found]) == []

@@ -42,6 +42,7 @@ class Collective:
         in_loop: it runs in the body of a loop.
         is_loop_invariant: in a loop, an all-gather of the same program argument in each iteration.
         is_only_sliced: an all-reduce of whose result each device reads only its own part.
+        is_sum_of_pieces: an all-reduce of pieces that do not overlap: a gather in effect.
         within: the mesh axes along which its groups vary; differs from `axes` only where that is
             `("?",)`.
     """
@@ -60,4 +61,5 @@ class Collective:
     in_loop: bool = False
     is_loop_invariant: bool = False
     is_only_sliced: bool = False
+    is_sum_of_pieces: bool = False
     within: tuple[str, ...] = ()

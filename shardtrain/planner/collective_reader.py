@@ -10,14 +10,14 @@ from shardtrain.planner.collective import KINDS, UNKNOWN_AXES, Collective
 from shardtrain.planner.destinations import Destinations
 from shardtrain.planner.executions import Execution
 from shardtrain.planner.hlo import Computation, Instruction, Module
-from shardtrain.planner.owners import Origins
+from shardtrain.planner.owners import Origins, Value
 from shardtrain.planner.replica_groups import (
     groups_are_whole,
     parse_pairs,
     parse_replica_groups,
     varying_axes,
 )
-from shardtrain.planner.usage import is_loop_invariant, is_only_sliced
+from shardtrain.planner.usage import is_loop_invariant, is_only_sliced, summed_pieces
 
 _CHAIN = "frontend_attributes={chain_id="
 
@@ -132,11 +132,16 @@ def _kind(computation: Computation, node: Instruction, at: Execution) -> str | N
     return name
 
 
-def _parameter(flow: Flow, computation: Computation, node: Instruction) -> str:
+def _parameter(
+    flow: Flow, computation: Computation, node: Instruction, pieces: list[Value] | None
+) -> str:
     """The arguments that the operands come from, or that a reduction updates; "" if not known."""
-    found = [flow.origins.of(computation, name) for name in node.operands]
+    if pieces:
+        found = [flow.origins.of(piece.computation, piece.node.name) for piece in pieces]
+    else:
+        found = [flow.origins.of(computation, name) for name in node.operands]
     names = [origin.argument if origin else "" for origin in found]
-    if "" in names and node.opcode.startswith(("all-reduce", "reduce-scatter")):
+    if "" in names and not pieces and node.opcode.startswith(("all-reduce", "reduce-scatter")):
         each = range(len(names)) if len(names) > 1 else (None,)
         found_ahead = [flow.destinations.of(computation, node, element) for element in each]
         names = [name for name in found_ahead if name] or [""]
@@ -161,7 +166,9 @@ def read_collective(
         return None
     axes, within = layout.axes(groups, whole=pairs is None) if groups else (UNKNOWN_AXES, ())
     size, num_operands = _payload(computation, node, kind, group_size)
-    fused = at.fused_by
+    fused, pieces = at.fused_by, None
+    if kind == "all-reduce":
+        pieces = summed_pieces(flow.origins, computation, node, group_size)
     source = module.sources.locate(node.attributes)
     return Collective(
         kind=kind,
@@ -170,7 +177,7 @@ def read_collective(
         count=at.count,
         is_async=_is_async(node, at),
         source=source or (module.sources.locate(fused.attributes) if fused else ""),
-        parameter=_parameter(flow, computation, node),
+        parameter=_parameter(flow, computation, node, pieces),
         operation_name=node.operation_name or (fused.operation_name if fused else ""),
         group_size=group_size,
         num_operands=num_operands,
@@ -179,6 +186,7 @@ def read_collective(
         is_loop_invariant=kind == "all-gather"
         and at.in_loop
         and is_loop_invariant(flow.origins, computation, node),
+        is_sum_of_pieces=pieces is not None,
         is_only_sliced=kind == "all-reduce"
         and is_only_sliced(module, computation, node, group_size),
         within=within,

@@ -181,14 +181,14 @@ def read_compiled(
     flops = count_flops(module)
     memory = compiled.memory_analysis()
     device = mesh.devices.flat[0]
-    temp, peak = _field(memory, "temp_size_in_bytes"), _field(memory, "peak_memory_in_bytes")
+    peak = _field(memory, "peak_memory_in_bytes")
     return Compiled(
         argument_bytes=_field(memory, "argument_size_in_bytes"),
-        temp_bytes=temp,
+        temp_bytes=_field(memory, "temp_size_in_bytes"),
         output_bytes=_field(memory, "output_size_in_bytes"),
         alias_bytes=_field(memory, "alias_size_in_bytes"),
-        # A peak of 0, or below the temporaries, is a backend (CPU) that does not track it.
-        peak_bytes=peak if peak and peak >= (temp or 0) else None,
+        # The CPU backend's figure leaves out temporaries; 0 is a backend that does not track it.
+        peak_bytes=peak or None if device.platform != "cpu" else None,
         flops=flops.total,
         collectives=tuple(
             collectives_in(module, mesh.axis_names, ids, device_assignment(compiled))

@@ -15,11 +15,11 @@ class Lint:
     """One suspicion.
 
     Attributes:
-        kind: `all-reduce-then-slice`, `repeated-gather`, `unexpected-axis`, `unknown-groups` or
-            `unexpected-gather`.
+        kind: `all-reduce-then-slice`, `gather-by-all-reduce`, `repeated-gather`,
+            `unexpected-axis`, `unknown-groups` or `unexpected-gather`.
         message: what, where, how much, and what to do.
         bytes: payload per step and device that it concerns; for `repeated-gather` the payload
-            that would be saved, for `all-reduce-then-slice` the bytes on the wire.
+            that would be saved, for those about an all-reduce the bytes on the wire.
     """
 
     kind: str
@@ -47,6 +47,21 @@ def _sliced_reductions(rows: Iterable[Collective]) -> list[Lint]:
         )
         for c in rows
         if c.kind == "all-reduce" and c.is_only_sliced
+    ]
+
+
+def _summed_gathers(rows: Iterable[Collective]) -> list[Lint]:
+    """All-reduces that only put pieces together: an all-gather sends half."""
+    return [
+        Lint(
+            "gather-by-all-reduce",
+            f"{_where(c)} is gathered by an all-reduce of {format_bytes(c.bytes)} over "
+            f"{axes_text(c)}, {c.count} per step. An all-gather sends half; the compiler chose "
+            "this, another mesh shape or topology may avoid it.",
+            round(wire_bytes(c) * c.count / 2),
+        )
+        for c in rows
+        if c.is_sum_of_pieces
     ]
 
 
@@ -119,7 +134,7 @@ def lint_collectives(
         ['unexpected-axis']
     """
     rows = list(collectives)
-    found = _sliced_reductions(rows) + _repeated_gathers(rows)
+    found = _sliced_reductions(rows) + _summed_gathers(rows) + _repeated_gathers(rows)
     if expected_axes is not None:
         found += _unexpected_axes(rows, set(expected_axes))
     if expected_gathers is not None:

@@ -26,7 +26,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class _Value:
+class Value:
     """A value in a computation; `path` picks an element of it when it is a tuple."""
 
     computation: Computation
@@ -49,7 +49,7 @@ class Origins:
     def of(self, computation: Computation, name: str) -> Origin | None:
         """The entry argument behind a value, or None when the value was computed."""
         node = computation.by_name.get(name)
-        value = None if node is None else _Value(computation, node)
+        value = None if node is None else Value(computation, node)
         is_sliced = False
         for _ in range(_MAX_STEPS):
             if value is None:
@@ -61,12 +61,22 @@ class Origins:
             value = self._back(value)
         return None
 
-    def _operand(self, value: _Value, number: int, path: tuple[int, ...]) -> _Value | None:
+    def made_by(self, computation: Computation, name: str, opcode: str) -> Value | None:
+        """The instruction of that opcode which made a value, looking through copies and calls."""
+        node = computation.by_name.get(name)
+        value = None if node is None else Value(computation, node)
+        for _ in range(_MAX_STEPS):
+            if value is None or value.node.opcode == opcode:
+                return value
+            value = self._back(value)
+        return None
+
+    def _operand(self, value: Value, number: int, path: tuple[int, ...]) -> Value | None:
         names = value.node.operands
         node = value.computation.by_name.get(names[number]) if number < len(names) else None
-        return None if node is None else _Value(value.computation, node, path)
+        return None if node is None else Value(value.computation, node, path)
 
-    def _back(self, value: _Value) -> _Value | None:
+    def _back(self, value: Value) -> Value | None:
         """The value one step earlier that holds the same data."""
         node, path = value.node, value.path
         # TPU programs prefetch an argument in slices and put them together with this call.
@@ -84,10 +94,10 @@ class Origins:
         if node.opcode in ("fusion", "call"):
             callee = (node.callees.get("calls") or node.callees.get("to_apply") or ("",))[0]
             inner = self.module.computations.get(callee)
-            return None if inner is None else _Value(inner, inner.root, path)
+            return None if inner is None else Value(inner, inner.root, path)
         return None
 
-    def _out_of_call(self, value: _Value) -> _Value | None:
+    def _out_of_call(self, value: Value) -> Value | None:
         """From a parameter of a called computation to the caller's operand."""
         if value.computation.name not in self._callers:
             return None

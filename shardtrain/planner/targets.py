@@ -61,15 +61,20 @@ def compiler_environment() -> Generator[None]:
 
     On a machine with a TPU nothing is set: its own variables are the right ones.
     """
-    added = {}
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     if jax.default_backend() != "tpu":
-        added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
+        for name, value in _ENVIRONMENT.items():
+            # Where JAX looked for a TPU and found none, it left a text that begins so.
+            if (before[name] or "WARNING").startswith("WARNING"):
+                os.environ[name] = value
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _tpu_devices(asked: Hardware) -> list[Any]:

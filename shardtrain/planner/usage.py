@@ -1,7 +1,7 @@
 """How a collective's result is used, and whether its input changes between iterations."""
 
 from shardtrain.planner.hlo import Computation, Instruction, Module
-from shardtrain.planner.owners import Origins
+from shardtrain.planner.owners import Origins, Value
 
 _LAYOUT = frozenset(
     ("bitcast", "reshape", "copy", "transpose", "convert", "all-reduce-done", "pad")
@@ -59,6 +59,30 @@ def is_only_sliced(
         if slices is None or any(s.arrays[0].size != part for s in slices):
             return False
     return group_size > 1 and bool(values)
+
+
+def summed_pieces(
+    origins: Origins, computation: Computation, node: Instruction, group_size: int
+) -> list[Value] | None:
+    """The pieces of an all-reduce that only puts them together; None when it does more.
+
+    Each device writes its piece, one of `group_size`, into zeros, and the sum is the whole: a
+    gather that sends twice as much. TPU compilers write some all-gathers so.
+    """
+    pieces = []
+    for name in node.operands:
+        update = origins.made_by(computation, name, "dynamic-update-slice")
+        if update is None:
+            return None
+        base, piece = update.node.operands[:2]
+        whole = sum(array.size for array in update.node.arrays)
+        made = update.computation.by_name[piece]
+        part = sum(array.size for array in made.arrays)
+        zeros = origins.made_by(update.computation, base, "broadcast")
+        if zeros is None or group_size < 2 or part * group_size != whole:
+            return None
+        pieces.append(Value(update.computation, made))
+    return pieces or None
 
 
 def is_loop_invariant(origins: Origins, computation: Computation, node: Instruction) -> bool:

@@ -30,8 +30,7 @@ class ConsoleProgress(Callback):
     """
 
     def __init__(self, console: Console | None = None, every_seconds: float = 10.0):
-        # In a notebook rich's live display asks for ipywidgets; plain lines serve there.
-        self.console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
+        self.console = console or _standard_output()
         self.every_seconds = every_seconds
         self._bar: Progress | None = None
         self._shown = -math.inf
@@ -115,6 +114,14 @@ class ConsoleProgress(Callback):
 
     def _print(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False)
+
+
+def _standard_output() -> Console:
+    """Standard output; in a notebook plain text, as rich's live display needs ipywidgets there."""
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_jupyter:
+        return Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False)
+    return console
 
 
 def count_text(count: float) -> str:

@@ -376,3 +376,17 @@ def test_a_script_that_ends_without_waiting_still_commits(tmp_path, ending):
     assert (done.returncode, done.stderr) == (0, "")
     with Checkpointer(tmp_path, small(0)[1]) as checkpointer:
         assert checkpointer.latest() == 1
+
+
+def test_leaves_offloaded_to_host_memory(tmp_path):
+    mesh = make_mesh(4, 2)
+    host = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec("data"), memory_kind="pinned_host"
+    )
+    weights = jax.device_put(np.arange(64, dtype=np.float32).reshape(8, 8), host)
+    state = State(small(1, (4, 2))[0].step, {"w": weights}, (), (), ())
+    with Checkpointer(tmp_path, Plan(abstract(state))) as checkpointer:
+        checkpointer.save(state)
+        got = checkpointer.restore()
+    assert got.params["w"].sharding.memory_kind == "pinned_host"
+    assert_same_bits(got, state)

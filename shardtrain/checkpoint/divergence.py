@@ -89,6 +89,7 @@ def _compare(mesh: Mesh, spec: PartitionSpec, copied: tuple[str, ...]) -> Any:
     sharded = tuple(a for a in mesh.axis_names if a not in copied)
 
     def local(shard: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shard = jax.device_put(shard, jax.memory.Space.Device)  # offloaded leaves lie on the host
         hashed = jnp.stack(lanes(words(shard), linear_index(shard.shape), jnp.uint32(0)))
         differs = jax.lax.pmax(hashed, copied) != jax.lax.pmin(hashed, copied)
         anywhere = jax.lax.pmax(jnp.any(differs).astype(jnp.uint32), mesh.axis_names)

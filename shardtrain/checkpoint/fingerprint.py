@@ -49,6 +49,7 @@ def _hash_leaf(name: str, leaf: Any) -> Any:
 
 @jax.jit
 def _hash_device(x: jax.Array, salt: jax.Array) -> jax.Array:
+    x = jax.device_put(x, jax.memory.Space.Device)  # offloaded leaves lie in host memory
     return jnp.stack(lanes(words(x), linear_index(x.shape), salt))
 
 

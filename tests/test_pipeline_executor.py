@@ -112,8 +112,18 @@ LONG = {"data": 2, "pipeline": 4}
         (lambda: lambda rngs: NnxModel(rngs, "aux list"), "interleaved", CUBE, {"virtual": 2}),
         (lambda: lambda rngs: NnxModel(rngs, "scan"), "1f1b", LONG, {"microbatches": 2}),
         (lambda: lambda rngs: NnxModel(rngs, "remat", 5), "1f1b", CUBE, {"rows": 8}),
+        (lambda: lambda rngs: NnxModel(rngs, "aux"), "zero-bubble", CUBE, {"virtual": 2}),
     ],
-    ids=["linen", "linen scan", "nnx", "batch norm", "aux", "few microbatches", "remainder"],
+    ids=[
+        "linen",
+        "linen scan",
+        "nnx",
+        "batch norm",
+        "aux",
+        "few microbatches",
+        "remainder",
+        "split",
+    ],
 )
 def test_every_schedule_equals_one_device(model, schedule, sizes, options, devices):
     run = Pipelined(model(), schedule, sizes, **options)

@@ -35,11 +35,12 @@ class Program:
     consts: dict[jex.Var, Any]
     marks: list[Mark]
     remat: dict[str, dict[str, Any]]  # marker name -> parameters of the remat around it
+    inline_remat: bool = False
 
 
-def flatten(closed: jex.ClosedJaxpr) -> Program:
-    """Inline `jit` calls (and `remat` around markers) and rename all variables apart."""
-    program = Program([], [], [], {}, [], {})
+def flatten(closed: jex.ClosedJaxpr, inline_remat: bool = False) -> Program:
+    """Inline `jit` calls (and `remat` around markers, or all) and rename all variables apart."""
+    program = Program([], [], [], {}, [], {}, inline_remat)
     program.invars = [jex.Var(v.aval) for v in closed.jaxpr.invars]
     program.outvars = _inline(program, closed, list(program.invars), None)
     return program
@@ -61,7 +62,9 @@ def _inline(
             outs = ins
         elif _inlineable(eqn):
             outs = _inline(program, eqn.params["jaxpr"], ins, remat)
-        elif "prevent_cse" in eqn.params and _has_marks(eqn.params["jaxpr"]):
+        elif "prevent_cse" in eqn.params and (
+            program.inline_remat or _has_marks(eqn.params["jaxpr"])
+        ):
             inner = eqn.params["jaxpr"]
             inner = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
             keep = {k: eqn.params[k] for k in ("policy", "prevent_cse")}

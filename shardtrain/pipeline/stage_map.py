@@ -26,7 +26,8 @@ class Stages:
         layout: sizes (stages, virtual stages, layers per chunk).
         gather: brings chunks `[P, layers, ...]` from the layout they are stored in (fsdp shards)
             to the one the computation uses; differentiated through.
-        unroll: spell the layers of a chunk out instead of scanning them.
+        unroll: spell the layers of a chunk out instead of scanning them (a scan's backward cannot
+            be cut in two).
     """
 
     model: Extracted
@@ -65,19 +66,27 @@ class Stages:
         self, params: list, states: list, sides: list, virtual: jax.Array, carry: list
     ) -> tuple[list, list]:
         """All stages' chunks: `(carry [P, ...], new states [P, layers, ...])`."""
-        stage = jnp.arange(self.layout.num_stages)
-        start = (virtual * self.layout.num_stages + stage) * self.layout.per_chunk
-        dtypes = self.model.param_dtypes
-        params = [x.astype(dtype) for x, dtype in zip(self.gather(params), dtypes, strict=True)]
-        return jax.vmap(self._chunk, spmd_axis_name=AXIS)(params, states, sides, start, carry)
+        args = (self.prepare(params), states, sides, self.first_layer(virtual), carry)
+        return jax.vmap(self.one, spmd_axis_name=AXIS)(*args)
 
-    def _chunk(
+    def prepare(self, params: list) -> list:
+        """Stored chunks `[P, layers, ...]` as the block reads them: gathered, then cast."""
+        dtypes = self.model.param_dtypes
+        return [x.astype(dtype) for x, dtype in zip(self.gather(params), dtypes, strict=True)]
+
+    def first_layer(self, virtual: jax.Array) -> jax.Array:
+        """`[P]`: index of the first layer of every stage's chunk."""
+        stage = jnp.arange(self.layout.num_stages)
+        return (virtual * self.layout.num_stages + stage) * self.layout.per_chunk
+
+    def one(
         self, params: list, states: list, sides: list, start: jax.Array, carry: list
     ) -> tuple[list, list]:
+        """One stage's chunk, `start` its first layer: `(carry, new states [layers, ...])`."""
         shared, layered = sides[: self.model.num_shared], sides[self.model.num_shared :]
         num_carry, num_states = len(self.model.carry), len(self.model.states)
         block = self.model.block
-        if self.model.remat is not None:
+        if self.model.remat is not None and not self.unroll:
             policy: Any = self.model.remat["policy"]
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
 
@@ -94,4 +103,10 @@ class Stages:
             return [*out[:num_carry], *reports], out[num_carry : num_carry + num_states]
 
         xs = (start + jnp.arange(self.layout.per_chunk), params, states, layered)
-        return jax.lax.scan(layer, carry, xs, unroll=self.unroll)
+        if not self.unroll:
+            return jax.lax.scan(layer, carry, xs)
+        new = []
+        for n in range(self.layout.per_chunk):
+            carry, states = layer(carry, jax.tree.map(lambda x: x[n], xs))
+            new.append(states)
+        return carry, [jnp.stack(each) for each in zip(*new, strict=True)]

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shardtrain.pipeline.buffers import Placement, put, take, where, zeros_like
+from shardtrain.pipeline.buffers import AXIS, Placement, put, take, where, zeros_like
 from shardtrain.pipeline.schedule_table import Phase, SlotTable
 from shardtrain.pipeline.schedules import Schedule
+from shardtrain.pipeline.split_backward import split_backward
 from shardtrain.pipeline.stage_map import Stages
 from shardtrain.pipeline.stages import StageMajor
 
@@ -55,6 +56,7 @@ class Flight:
         inputs: stashed chunk inputs `[P, stash rows + 1, ...]`.
         input_states: block variables as the forward saw them, stashed next to the inputs.
         gradients: arrived gradients `[P, gradient rows + 1, ...]`, of floating inputs only.
+        residuals: what slot W needs of slot B, `[P, weight rows + 1, ...]`.
         states: the blocks' variables now, `[P, V, layers, ...]`.
         grads, outer_grads: gradient sums, float32.
         sums: loss, weight and metrics so far.
@@ -64,6 +66,7 @@ class Flight:
     inputs: list[Any]
     input_states: list[Any]
     gradients: list[Any]
+    residuals: list[Any]
     states: list[Any]
     grads: list[Any]
     outer_grads: list[Any]
@@ -127,11 +130,12 @@ class Tick:
             lambda: self._post(0, [jnp.zeros(c.shape, c.dtype) for c in carry], late)
         )
         num_out = len(head) - len(late)
-        return self._keep(
+        flight = self._keep(
             Flight(
                 inputs=[buffer(table.stash_rows, c) for c in carry],
                 input_states=[buffer(table.stash_rows, s) for s in slots],
                 gradients=[buffer(table.gradient_rows, c) for c in carry if is_float(c)],
+                residuals=[],
                 states=states,
                 grads=[wide(x) for x in blocks],
                 outer_grads=[wide(x) for x in self.outer.params],
@@ -140,6 +144,10 @@ class Tick:
             ),
             model,
         )
+        if not self.schedule.splits_weight:
+            return flight
+        kept = [buffer(table.weight_rows, x) for x in self._cut_of(flight, blocks).residual]
+        return dataclasses.replace(flight, residuals=self.place.buffers(kept))
 
     @property
     def _late(self) -> list[int]:
@@ -167,6 +175,7 @@ class Tick:
             flight,
             inputs=self.place.buffers(flight.inputs),
             gradients=self.place.buffers(flight.gradients),
+            residuals=self.place.buffers(flight.residuals),
             grads=[grads.blocks[leaf.name] for leaf in model.params],
             outer_grads=[grads.outer[p] for p in model.outer_params],
         )
@@ -178,6 +187,8 @@ class Tick:
             flight, sent = self._forward(flight, row, blocks)
         if "B" in slots:
             flight = self._backward(flight, row, blocks)
+        if "W" in slots:
+            flight = self._weights(flight, row, blocks)
         if "F" in slots:
             arrived = self.place.stages([jnp.roll(y, 1, axis=0) for y in sent])
             flight = dataclasses.replace(flight, inputs=put(flight.inputs, arrived, row["arrival"]))
@@ -220,27 +231,21 @@ class Tick:
         x = self.place.stages(take(flight.inputs, row["backward"]))
         states = take(flight.input_states, row["backward"])
         chunk = take(blocks, v)
-        outer_of = lambda params: lambda m: self.outer.at(m, {}, params)
-        sides = self.stages.sides(outer_of(None), m, v)
+        sides = self.stages.sides(lambda m: self.outer.at(m, {}), m, v)
         smooth = [n for n, grad in enumerate(self.stages.model.side_grads) if grad]
-
-        def stage(params: list[Any], soft: list[Any], floats: list[Any]) -> tuple[list, list]:
-            values, carry = list(sides), _merge(x, floats)
-            for n, value in zip(smooth, soft, strict=True):
-                values[n] = value
-            y, _ = self.stages.run(params, states, values, v, carry)
-            return [a for a in y if is_float(a)], [a for a in y if not is_float(a)]
-
-        soft = [sides[n] for n in smooth]
-        y, pull, fixed = jax.vjp(stage, chunk, soft, [a for a in x if is_float(a)], has_aux=True)
-        flight, head = self._head(flight, row, m, active, v, _merge_like(x, y, fixed))
+        y, pull = self._stage_pullback(chunk, states, sides, smooth, v, x)
+        flight, head = self._head(flight, m, active, v, y)
         last = jnp.arange(self.schedule.num_stages) == self.schedule.num_stages - 1
         last = last & (v == self.schedule.virtual_stages - 1)
         g = take(flight.gradients, row["gradient"])
         g = where(last, [jnp.broadcast_to(h, a.shape) for h, a in zip(head, g, strict=True)], g)
-        d_chunk, d_soft, d_x = pull(self.place.stages(g))
+        weights, d_soft, d_x = pull(self.place.stages(g))
         d_x = self.place.stages(d_x)
-        flight = self._add_chunk(flight, active, v, d_chunk)
+        if self.schedule.splits_weight:
+            kept = put(flight.residuals, weights, row["weight"])
+            flight = dataclasses.replace(flight, residuals=kept)
+        else:
+            flight = self._add_chunk(flight, active, v, weights)
         flight = self._add_sides(flight, active, m, v, smooth, d_soft)
         flight = self._add_first(flight, active, m, v, d_x)
         arrived = self.place.stages([jnp.roll(g, -1, axis=0) for g in d_x])
@@ -248,8 +253,86 @@ class Tick:
             flight, gradients=put(flight.gradients, arrived, row["gradient_arrival"])
         )
 
+    def _stage_pullback(
+        self, chunk: list, states: list, sides: list, smooth: list[int], v: jax.Array, x: list
+    ) -> tuple[list, Callable[[list], tuple[list, list, list]]]:
+        """The stages' outputs again, and `gradient of outputs -> (weights, sides, inputs)`.
+
+        `weights` is the parameters' gradient, or what slot W needs to compute it.
+        """
+        soft = [sides[n] for n in smooth]
+        floats = [a for a in x if is_float(a)]
+        if self.schedule.splits_weight:
+            return self._split_pullback(chunk, states, sides, smooth, v, x)
+
+        def stage(params: list[Any], soft: list[Any], floats: list[Any]) -> tuple[list, list]:
+            y, _ = self.stages.run(params, states, _set(sides, smooth, soft), v, _merge(x, floats))
+            return _floats_first(y)
+
+        y, pull, others = jax.vjp(stage, chunk, soft, floats, has_aux=True)
+        return _merge_like(x, y, others), pull
+
+    def _split(self, chunk: list, states: list, sides: list, smooth: list[int], x: list) -> Any:
+        """The backward of one stage cut in two; `[P, ...]` arguments give the types."""
+        num_soft, num_states, num_sides = len(smooth), len(states), len(sides)
+
+        def stage(params: list, soft: list, fixed: list) -> tuple[list, list]:
+            states, rest = fixed[:num_states], fixed[num_states:]
+            values = _set(rest[:num_sides], smooth, soft[:num_soft])
+            carry = _merge(rest[num_sides : num_sides + len(x)], soft[num_soft:])
+            return _floats_first(self.stages.one(params, states, values, rest[-1], carry)[0])
+
+        one = lambda xs: [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in xs]
+        floats = [a for a in x if is_float(a)]
+        start = [jax.ShapeDtypeStruct((), jnp.int32)]
+        params = jax.eval_shape(self.stages.prepare, chunk)
+        soft = [sides[n] for n in smooth]
+        return split_backward(
+            stage, one(params), one([*soft, *floats]), [*one([*states, *sides, *x]), *start]
+        )
+
+    def _split_pullback(
+        self, chunk: list, states: list, sides: list, smooth: list[int], v: jax.Array, x: list
+    ) -> tuple[list, Callable[[list], tuple[list, list, list]]]:
+        cut = self._split(chunk, states, sides, smooth, x)
+        floats = [a for a in x if is_float(a)]
+        soft = [*(sides[n] for n in smooth), *floats]
+        given = [
+            *self.stages.prepare(chunk), *soft, *states, *sides, *x, self.stages.first_layer(v),
+        ]  # fmt: skip
+        over = lambda fn, args: jax.vmap(fn, spmd_axis_name=AXIS)(*args)
+        out = over(cut.forward, given)
+        y, kept = out[: cut.num_outputs], out[cut.num_outputs :]
+
+        def pull(g: list) -> tuple[list, list, list]:
+            out = over(cut.inputs, [*given, *kept, *g])
+            grads, residual = out[: cut.num_input_grads], out[cut.num_input_grads :]
+            return residual, grads[: len(smooth)], grads[len(smooth) :]
+
+        return _merge_like(x, y[: len(floats)], y[len(floats) :]), pull
+
+    def _weights(self, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
+        """Slot W: weight gradients from what slot B kept."""
+        active, v = row["W"] >= 0, jnp.maximum(row["Wv"], 0)
+        cut = self._cut_of(flight, blocks)
+        prepared, pull = jax.vjp(self.stages.prepare, take(blocks, v))
+        kept = take(flight.residuals, row["weight_read"])
+        grads = jax.vmap(cut.weights, spmd_axis_name=AXIS)(*prepared, *kept)
+        return self._add_chunk(flight, active, v, pull(grads)[0])
+
+    def _cut_of(self, flight: Flight, blocks: list[Any]) -> Any:
+        """The cut backward from the types of what the loop carries."""
+        p = self.schedule.num_stages
+        one = lambda xs: [jax.ShapeDtypeStruct((p, *a.shape[2:]), a.dtype) for a in xs]
+        zeros = jnp.zeros(p, jnp.int32)
+        sides = jax.eval_shape(
+            lambda: self.stages.sides(lambda m: self.outer.at(m, {}), zeros, zeros)
+        )
+        smooth = [n for n, grad in enumerate(self.stages.model.side_grads) if grad]
+        return self._split(one(blocks), one(flight.input_states), sides, smooth, one(flight.inputs))
+
     def _head(
-        self, flight: Flight, row: Row, m: jax.Array, active: jax.Array, v: jax.Array, y: list[Any]
+        self, flight: Flight, m: jax.Array, active: jax.Array, v: jax.Array, y: list[Any]
     ) -> tuple[Flight, list[Any]]:
         """Loss of the microbatch at the last stage, its sums, and the gradient of its carry."""
         on = active[-1] & (v[-1] == self.schedule.virtual_stages - 1)
@@ -339,6 +422,17 @@ def _merge(like: list[Any], floats: list[Any]) -> list[Any]:
 def _merge_like(like: list[Any], floats: list[Any], others: list[Any]) -> list[Any]:
     first, second = iter(floats), iter(others)
     return [next(first) if is_float(x) else next(second) for x in like]
+
+
+def _set(values: list[Any], where: list[int], new: list[Any]) -> list[Any]:
+    found = list(values)
+    for n, value in zip(where, new, strict=True):
+        found[n] = value
+    return found
+
+
+def _floats_first(values: list[Any]) -> tuple[list[Any], list[Any]]:
+    return [a for a in values if is_float(a)], [a for a in values if not is_float(a)]
 
 
 def _add(sums: list[Any], active: jax.Array, grads: list[Any]) -> list[Any]:

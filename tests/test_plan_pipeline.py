@@ -8,6 +8,7 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.errors import LossContractError, StageSplitError, StrategyError
+from shardtrain.pytree import leaves_by_path
 
 WIDTH, VOCAB, LENGTH = 16, 32, 8
 
@@ -107,9 +108,7 @@ def test_checkpoints_move_between_any_number_of_stages(pipelined, loader, tmp_pa
     with st.Checkpointer(tmp_path, deep) as checkpoints:
         again = checkpoints.restore()
     same(saved, deep.to_checkpoint(again))
-    assert "params/layers/3/up/kernel" in str(st.inspect(tmp_path)) or (
-        "layers/3/up/kernel" in str(st.inspect(tmp_path))
-    )
+    assert "params/layers/3/up/kernel" in leaves_by_path(st.restore(tmp_path))
     continued = st.fit(flat, loader, 3, tmp_path, progress=False)
     assert [h["step"] for h in continued.history] == [3]
 
@@ -118,7 +117,8 @@ def test_the_model_comes_back_whole(pipelined):
     state = pipelined.init(0)
     model = pipelined.model(state)
     reference = Model(nnx.Rngs(0))
-    np.testing.assert_array_equal(model.layers[3].up.kernel[...], reference.layers[3].up.kernel[...])
+    found, expected = model.layers[3].up.kernel, reference.layers[3].up.kernel
+    np.testing.assert_array_equal(found[...], expected[...])
     given = pipelined.init(variables=reference)
     jax.tree.map(np.testing.assert_array_equal, given.params, state.params)
 

@@ -3,6 +3,7 @@
 import html
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,7 +219,10 @@ def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh, note: str = "") -> 
     """
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():
+            # Without a device the compiler cannot load what the persistent cache holds; it compiles.
+            warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -220,7 +220,7 @@ def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh, note: str = "") -> 
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            # Without a device the compiler cannot load what the persistent cache holds; it compiles.
+            # Without a device what the persistent cache holds cannot be loaded; it is compiled.
             warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -18,6 +18,7 @@ _EXPORTS = {
     "Mean": "modules",
     "Plan": "plan",
     "Strategy": "strategy",
+    "TensorBoardLog": "monitoring.metrics_log",
     "TrainState": "train",
     "VerifyReport": "verify",
     "assert_collectives": "planner.assertions",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from shardtrain.modules import Mean as Mean
     from shardtrain.modules import cross_entropy as cross_entropy
     from shardtrain.monitoring.callbacks import Callback as Callback
+    from shardtrain.monitoring.metrics_log import TensorBoardLog as TensorBoardLog
     from shardtrain.plan import Plan as Plan
     from shardtrain.plan import plan as plan
     from shardtrain.planner.assertions import assert_collectives as assert_collectives

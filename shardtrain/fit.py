@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from shardtrain.checkpoint import Checkpointer
-from shardtrain.data import DataLoader
+from shardtrain.data import DataLoader, audit_first_batch
 from shardtrain.errors import DataError
 from shardtrain.modules import Mean
 from shardtrain.monitoring import Preempted, Preemption, Progress
@@ -124,6 +124,8 @@ def fit(
                 started = time.perf_counter()
                 batch = loader.batch(step, shardings)
                 ready = time.perf_counter()
+                if step == first:
+                    audit_first_batch(batch)
                 report.phase("first_step" if step == first else "dispatch", step)
                 result.state, metrics = plan.step(result.state, batch)
                 pending.append(_Pending(step + 1, metrics, started, ready))

@@ -59,7 +59,8 @@ class Target:
 def compiler_environment() -> Generator[None]:
     """The variables the deviceless compilers need, for as long as they load; none is overwritten.
 
-    On a machine with a TPU nothing is set: its own variables are the right ones.
+    On a machine with a TPU nothing is set: its own variables are the right ones. JAX is started
+    first, so that it finds the devices it would have found anyway.
     """
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     if jax.default_backend() != "tpu":
@@ -167,7 +168,10 @@ def target_devices(spec: str | Hardware) -> Target:
         if "INVALID_ARGUMENT" in str(error):
             raise HardwareError(f"{asked}: the compiler refuses this topology: {error}") from error
         return _proxy(asked, f"its compiler did not start ({_first_line(error)})")
-    except (RuntimeError, NotImplementedError) as error:
+    except NotImplementedError:
+        # JAX looks for plugins once, when it starts, and drops a CUDA plugin without a driver.
+        return _proxy(asked, "JAX dropped its plugin when it started; set JAX_PLATFORMS=cpu before")
+    except RuntimeError as error:
         return _proxy(asked, f"its compiler did not start ({_first_line(error)})")
     if len(devices) != asked.device_count:
         raise HardwareError(

@@ -376,6 +376,69 @@ def moe(ragged=False):
     return nnx_model(lambda: Moe(nnx.Rngs(0), ragged), token_loss, IDS)
 
 
+class GShard(nn.Module):
+    """Capacity, one-hot dispatch and combine."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(V, D, name="embed")(ids)
+        gates = nn.softmax(nn.Dense(4, use_bias=False, name="router")(x))
+        expert = jax.nn.one_hot(gates.argmax(-1), 4)
+        place = (jnp.cumsum(expert, 1) * expert).astype(int)
+        dispatch = expert[..., None] * jax.nn.one_hot(place, 8)
+        w_in = self.param("w_in", nn.initializers.normal(), (4, D, F))
+        w_out = self.param("w_out", nn.initializers.normal(), (4, F, D))
+        h = jnp.einsum("btec,btd->becd", dispatch, x)
+        h = jnp.einsum("becf,efd->becd", nn.gelu(jnp.einsum("becd,edf->becf", h, w_in)), w_out)
+        y = jnp.einsum("btec,becd->btd", dispatch * gates[..., None], h)
+        return nn.Dense(V, name="lm_head")(x + y)
+
+
+def gshard():
+    return linen(GShard(), token_loss, IDS)
+
+
+# ---- fused projections of unequal width, and attention from the libraries ------------------------
+
+
+class Fused(nn.Module):
+    """Phi: one matrix for q, k, v with fewer key heads, one for gate and up."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(V, D, name="embed")(ids)
+        b, t, d = x.shape
+        q, k, v = jnp.split(nn.Dense(64, name="qkv")(x), [32, 48], axis=-1)
+        q, k, v = (y.reshape(b, t, -1, 4) for y in (q, k, v))
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b, t, d)
+        x = x + nn.Dense(d, name="o")(y)
+        gate, up = jnp.split(nn.Dense(2 * F, name="gate_up")(x), 2, axis=-1)
+        x = x + nn.Dense(d, name="down")(nn.silu(gate) * up)
+        return nn.Dense(V, name="lm_head")(x)
+
+
+def fused():
+    return linen(Fused(), token_loss, IDS)
+
+
+class RepeatedKeys(nn.Module):
+    """Grouped queries by repeating keys and values; learnt positions looked up."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(V, D, name="embed")(ids)
+        x = x + nn.Embed(T, D, name="positions")(jnp.arange(ids.shape[1]))
+        q = nn.DenseGeneral((8, 4), name="q")(x)
+        k, v = (nn.DenseGeneral((4, 4), name=name)(x) for name in "kv")
+        y = nn.dot_product_attention(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2))
+        x = x + nn.DenseGeneral(D, axis=(-2, -1), name="o")(y)
+        return nn.Dense(V, name="lm_head")(x)
+
+
+def repeated_keys():
+    return linen(RepeatedKeys(), token_loss, IDS)
+
+
 # ---- recurrent -----------------------------------------------------------------------------------
 
 
@@ -403,6 +466,9 @@ ZOO = {
     "vae": vae,
     "moe": moe,
     "moe_ragged": lambda: moe(ragged=True),
+    "gshard": gshard,
+    "fused": fused,
+    "repeated_keys": repeated_keys,
     "lstm": lstm,
 }
 

@@ -77,6 +77,23 @@ EXPECTED = {
         "router/kernel": ["embed", "router"],
     },
     "moe_ragged": {"w_in": ["expert", "embed", "mlp"], "w_out": ["expert", "mlp", "embed"]},
+    "gshard": {
+        "w_in": ["expert", "embed", "mlp"],
+        "w_out": ["expert", "mlp", "embed"],
+        "router/kernel": ["embed", "expert"],
+    },
+    "fused": {
+        "qkv/kernel": ["embed", "fused_kv_heads"],
+        "o/kernel": ["kv_heads * q_per_kv * head_dim", "embed"],
+        "gate_up/kernel": ["embed", "fused_mlp"],
+        "down/kernel": ["mlp", "embed"],
+    },
+    "repeated_keys": {
+        "positions/embedding": ["position", "embed"],
+        "q/kernel": ["embed", "kv_heads * q_per_kv", "head_dim"],
+        "k/kernel": ["embed", "kv_heads", "head_dim"],
+        "o/kernel": ["kv_heads * q_per_kv", "head_dim", "embed"],
+    },
     "lstm": {"embed/embedding": ["vocab", "embed"], "": ["batch", "sequence"]},
 }
 

@@ -105,6 +105,21 @@ MEGATRON = {
     },
     "moe_ragged": {"w_in": P(None, None, "tensor"), "w_out": P(None, "tensor")},
     "moe": {"w_in": ROW, "w_out": ROW, "router/kernel": WHOLE},
+    "gshard": {"w_in": ROW, "w_out": ROW},
+    "fused": {
+        "qkv/kernel": COLUMN,
+        "o/kernel": ROW,
+        "gate_up/kernel": COLUMN,
+        "down/kernel": ROW,
+        "lm_head/kernel": COLUMN,
+    },
+    "repeated_keys": {
+        "q/kernel": COLUMN,
+        "k/kernel": COLUMN,
+        "v/bias": ROW,
+        "o/kernel": ROW,
+        "positions/embedding": WHOLE,
+    },
     "lstm": {"embed/embedding": ROW, "lm_head/kernel": COLUMN},
 }
 

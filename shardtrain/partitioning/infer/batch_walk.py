@@ -27,6 +27,10 @@ from shardtrain.partitioning.infer.source import is_trusted_rule, source_line
 
 _ALL_RULES = RULES | CONTRACT_RULES
 _POSITION_RULES = POSITION_RULES | {gather}
+_ZERO_RULES = frozenset(  # the rules that know when zeros stay zeros
+    RULES[name]
+    for name in ("add", "broadcast_in_dim", "reshape", "transpose", "squeeze", "concatenate")
+)
 # Parameters that hold shapes: where they differ between the traces, so do the shapes of outputs,
 # and those are checked.
 _SHAPE_PARAMS = frozenset(
@@ -167,9 +171,10 @@ class Walk:
             return [op.mixed(f"`{op.name}` has {changed} that depends on the batch size")] * count
         if one.effects:
             return [op.mixed(f"`{op.name}` has side effects")] * count
+        same = all(v.same for v in ins) and not any(map(scaled_dims, out_avals))
+        if same and not (rule in _ZERO_RULES and ins and ins[0].kind is Kind.ZERO):
+            return [SAME] * count
         if rule is None:
-            if all(v.same for v in ins) and not any(map(scaled_dims, out_avals)):
-                return [SAME] * count
             return [op.mixed(f"primitive `{op.name}` is not known")] * count
         if rule not in _POSITION_RULES and any(
             v.kind in (Kind.POSITION, Kind.COLUMNS) for v in ins

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import jax.numpy as jnp
+
 from shardtrain.partitioning.infer.table import AxisTable
 
 # Axes that divide but are not worth it: sharded only when the user asks.
@@ -136,7 +138,7 @@ def _blocked(table: AxisTable, arrays: Iterable[tuple[tuple[int, ...], ...]]) ->
 
 
 def _is_float(table: AxisTable, path: str) -> bool:
-    return any(p == path and a.dtype.kind == "f" for p, a, _ in table.leaves)
+    return any(p == path and jnp.issubdtype(a.dtype, jnp.floating) for p, a, _ in table.leaves)
 
 
 def _groups(

@@ -79,7 +79,8 @@ class Namer:
     def _attention(self, c: Contraction) -> None:
         """Query-key and weight-value products: both operands are data, the batch is shared."""
         shared = self.roots(c.batch)
-        if not (c.lhs_data and c.rhs_data) or not any(self._is(r, "batch") for r in shared):
+        batched = "batch" not in self.names.values() or any(self._is(r, "batch") for r in shared)
+        if not (c.lhs_data and c.rhs_data and batched):
             return
         contracted = self.roots(c.contracted)
         free = self.roots(c.lhs_free), self.roots(c.rhs_free)
@@ -91,11 +92,8 @@ class Namer:
             queries = [r for f in free for r in f if self.in_params[r]]
             self._name(queries, "q_per_kv" if of_heads else "heads")
             of_heads = of_heads or bool(queries)
-        for r in (*contracted, *free[0], *free[1]):
-            if r not in self.linked:
-                self._name([r], "sequence")
-            elif of_heads:
-                self._name([r], "head_dim")
+        for r in (*contracted, *free[0], *free[1]) if of_heads else ():
+            self._name([r], "head_dim" if r in self.linked else "sequence")
 
     def _is(self, root: int, name: str) -> bool:
         return self.names.get(root) == name
@@ -162,9 +160,11 @@ class Namer:
         return taken, made
 
     def _hidden(self) -> None:
-        """Produced by one weight and contracted with another."""
+        """Produced by one weight (perhaps as part of a fused one), contracted with another."""
         taken, made = self._weights()
-        self._name((r for r in made if taken[r] and self.in_params[r]), "mlp")
+        ends = [(self.roots(x.whole)[0], self.roots(x.part)[0]) for x in self.graph.links]
+        cut = {part for whole, part in ends if made[whole] and self.names.get(whole) is None}
+        self._name((r for r in {*made, *cut} if taken[r] and self.in_params[r]), "mlp")
 
     def _outputs(self) -> None:
         vocab = {self.graph.atoms.size[r] for r, n in self.names.items() if n == "vocab"}

@@ -99,6 +99,11 @@ class _Program:
             self._row({**dict.fromkeys(one, 1), **dict.fromkeys(two, -1), column: -1}, 0)
             self._row({**dict.fromkeys(two, 1), **dict.fromkeys(one, -1), column: -1}, 0)
             column += 1
+        for i, o in enumerate(found):
+            if o.name.startswith("fused_"):  # not without any of its pieces
+                ends = {b for pair in costs.links for b in pair if o.groups[0] in pair}
+                pieces = {j for g in ends - set(o.groups) for j in uses.get(g, ())}
+                self._row({i: 1, **dict.fromkeys(pieces, -1)}, 0)
         for met in costs.exclusive:
             members = {i for g in met for i in uses.get(g, ())}
             if len(members) > 1:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
+
 from shardtrain.partitioning.infer.atoms import Tie
 from shardtrain.partitioning.infer.dim_graph import DimGraph, Opaque
 from shardtrain.partitioning.infer.naming import Leaf, Namer
@@ -139,7 +141,7 @@ def _tie_gradients(
     graph: DimGraph, ins: list[Traced], leaves: list[Leaf], outs: list[Traced], count: int
 ) -> None:
     """A gradient has the dims of its parameter (the optimizer adds them)."""
-    floats = [i for i in range(count) if leaves[i][1].dtype.kind in "fV"]
+    floats = [i for i in range(count) if jnp.issubdtype(leaves[i][1].dtype, jnp.floating)]
     for i, grad in zip(reversed(floats), reversed(outs), strict=False):
         for one, two in zip(ins[i].dims, grad.dims, strict=True):
             graph.atoms.unify(one, two, None, "the gradient of the parameter")

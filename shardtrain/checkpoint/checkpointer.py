@@ -85,7 +85,6 @@ class Checkpointer:
         self._timeout = timeout
         self._report = report or _LOG.info
         self._warn = report or _LOG.warning
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, "shardtrain-checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failures: list[tuple[int, BaseException]] = []
         self._prepared = False
@@ -125,7 +124,9 @@ class Checkpointer:
             path = steps.step_path(self.directory, step)
             handle = store.save_async(path, leaves.to_arrays(named), self._timeout)
             copied = time.monotonic() - started
-            future = self._executor.submit(self._finish, handle, header, hashes, copied)
+            thread = concurrent.futures.ThreadPoolExecutor(1, "shardtrain-checkpoint")
+            future = thread.submit(self._finish, handle, header, hashes, copied)
+            thread.shutdown(wait=False)  # it ends with its work
             self._pending = (step, future)
         self._raise_failures(f"Step {step} is being saved now.")
         if not (self._inside_with or store.can_finish_at_exit()):
@@ -217,11 +218,8 @@ class Checkpointer:
         ) from error
 
     def close(self, together: bool = True) -> None:
-        """Wait for the save in flight and release the thread; see `wait` for `together`."""
-        try:
-            self.wait(together)
-        finally:
-            self._executor.shutdown()
+        """Wait for the save in flight; see `wait` for `together`."""
+        self.wait(together)
 
     def __enter__(self) -> "Checkpointer":
         self._inside_with = True

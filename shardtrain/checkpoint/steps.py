@@ -42,7 +42,10 @@ def committed(directory: Path) -> list[int]:
 def _is_step(path: Path) -> bool:
     if not re.fullmatch(r"0|[1-9]\d*", path.name) or not path.is_dir():
         return False
-    inside = {p.name for p in path.iterdir()}
+    try:
+        inside = {p.name for p in path.iterdir()}
+    except FileNotFoundError:  # deleted by retention since it was listed
+        return False
     return not inside or bool(inside & _OURS)
 
 

@@ -206,7 +206,7 @@ def test_other_data_on_resume_is_refused(plan, loader, tmp_path):
 
 
 def test_wrong_loaders_are_refused_before_anything_runs(plan):
-    with pytest.raises(DataError, match="loader.abstract_batch"):
+    with pytest.raises(DataError, match=r"loader\.abstract_batch"):
         st.fit(plan, st.DataLoader(columns(), 32), 1, progress=False)
     with pytest.raises(DataError, match=r"st\.DataLoader"):
         st.fit(plan, [columns()], 1, progress=False)

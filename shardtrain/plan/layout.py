@@ -121,9 +121,9 @@ def make_layout(
         tree,
         spec_tree,
     )
-    scalar = lambda dtype: jax.ShapeDtypeStruct(
-        (), dtype, sharding=NamedSharding(mesh, PartitionSpec())
-    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    scalar: Any = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
+    sequence_dims = inferred.inputs if inferred is not None else None
     state = TrainState(
         step=scalar(jnp.int32),
         params=shard(form.abstract_params, specs(strategy.zero == 3)),
@@ -141,7 +141,7 @@ def make_layout(
         params=params,
         variables=variables,
         state=state,
-        batch=shard(batch, batch_specs(batch, strategy, sizes, inferred and inferred.inputs)),
+        batch=shard(batch, batch_specs(batch, strategy, sizes, sequence_dims)),
         update_specs=specs(strategy.zero >= 1),
         grad_specs=specs(strategy.zero >= 2),
         compute_specs=specs(False),

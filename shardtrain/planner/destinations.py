@@ -15,6 +15,7 @@ _MIXERS = ("sort", "gather", "scatter", "all-reduce", "reduce-scatter", "all-to-
 _ENDS = frozenset(_PRODUCTS + _MIXERS)
 _ALIAS = re.compile(r"\{(\d*)\}:\s*\((\d+)")
 _MAX_STEPS = 400  # of one walk
+_MAX_STATES = 4  # a parameter, Adam's two moments, an average
 
 Place = tuple[str, str, int | None]  # computation, instruction, element of its tuple (None: all)
 
@@ -49,13 +50,17 @@ class Destinations:
         if not self._aliases:
             return ""
         entry = self.module.computations[self.module.entry]
-        names = {
-            entry.parameters[self._aliases[out]].operation_name
+        reached = {
+            self._aliases[out]
             for out in self._results(computation, node, element)
             if out in self._aliases
         }
-        parameters = sorted(name for name in names if "params" in name) or sorted(names)
-        return parameters[0] if len(parameters) == 1 else ""
+        names = [entry.parameters[number].operation_name for number in sorted(reached)]
+        parameters = [name for name in names if "params" in name]
+        if len(parameters) == 1:
+            return parameters[0]
+        # Where no name tells, a parameter comes before the state its optimizer keeps of it.
+        return names[0] if not parameters and 0 < len(names) <= _MAX_STATES else ""
 
     def _results(
         self, computation: Computation, node: Instruction, element: int | None

@@ -37,6 +37,7 @@ class Job:
         slices: groups of chips that only a data-centre network joins.
         flash: attention never writes the s x s scores to memory.
         runtime_bytes: memory the software holds beyond the usual.
+        logit_bytes: bytes per logit at the peak: 16-bit value, fp32 copy, gradient.
         tuned_attention: the fused kernel is written for this generation of chips.
         causal: keys a query may not see are skipped.
         frozen: the base weights get no gradient (LoRA).
@@ -72,6 +73,7 @@ class Job:
     offload_activations: bool = False
     domain: int = 0
     runtime_bytes: float = 0.0
+    logit_bytes: float = 8.0
     tuned_attention: bool = True
 
     @property

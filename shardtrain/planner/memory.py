@@ -205,7 +205,7 @@ def job_memory(job: Job) -> Memory:
         kept = 0.0
     layers = m.layers / job.pipeline
     activations = kept * layers * in_flight(job)
-    logits = 10.0 * job.tokens * m.vocab / job.tensor
+    logits = job.logit_bytes * job.tokens * m.vocab / job.tensor
     if job.pipeline > 1:
         logits = max(0.0, logits - activations / 2)  # the last stage holds one microbatch only
     buffers = block if job.remat != "none" else 0.0

@@ -69,10 +69,13 @@ def read_stack(record: Mapping[str, Any]) -> Stack:
     if version:
         year, month, patch = version.groups()
         when = int(year) + (int(month) + (0.5 if patch else 0.0)) / 12
+    modern = str((record.get("hardware") or {}).get("chip") or "")[:1] in {"H", "B", "G"}
     for text in (name if "axlearn-" in name or "megascale-" in name else "", framework):
         tail = re.sub(r"^(axlearn|megascale)-", "", text)
         for word, family, group in _FAMILIES:
             if word in tail:
+                if family == "megatron-lm" and modern:
+                    family, group = "megatron-core", "megatron"
                 return Stack(family, group, when)
     return Stack(framework or "unknown", framework or "unknown", when)
 
@@ -83,7 +86,9 @@ def _key(name: str) -> str:
 
 _NAMES = (
     ("deepseekv4flash", "deepseek-v4-flash"),
-    ("deepseek", "deepseek-v3"),
+    ("deepseekv3", "deepseek-v3"),
+    ("deepseek3", "deepseek-v3"),
+    ("deepseekr1", "deepseek-v3"),
     ("kimi", "kimi-k2"),
     ("qwen3235b", "qwen3-235b-a22b"),
     ("qwen330b", "qwen3-30b-a3b"),
@@ -91,6 +96,7 @@ _NAMES = (
     ("gptoss20b", "gpt-oss-20b"),
     ("nemotron3nano", "nemotron-3-nano"),
     ("nemotron3super", "nemotron-3-super"),
+    ("nemotron3ultra", "nemotron-3-ultra"),
     ("nemotron35lightning", "nemotron-3.5-lightning"),
     ("nemotron340b", "nemotron-4-340b"),
     ("nemotron4340b", "nemotron-4-340b"),
@@ -116,6 +122,10 @@ _NAMES = (
 _APPROXIMATE = {
     "deepseek-v4-flash": Model("deepseek-v4-flash", 43, 4096, 64, 8, 128, 0, 129280, experts=256,
                                top_k=6, expert_ff=2048, shared_ff=2048, mtp=1),
+    "nemotron-3-ultra": Model("nemotron-3-ultra", 108, 8192, 64, 2, 128, 0, 131072, 2, experts=512,
+                              top_k=22, expert_ff=5120, shared_ff=10240, moe_layers=48,
+                              expert_latent=2048, attention_layers=12, mamba_layers=48,
+                              mamba_params=400_000_000),
     "nemotron-3.5-lightning": variant("nemotron-3-nano", top_k=8),
 }  # fmt: skip
 
@@ -159,7 +169,8 @@ def _sized_model(name: str, key: str, m: Mapping[str, Any]) -> Model:
     sizes = re.findall(r"(\d+(?:\.\d+)?)\s*([mb])(?![a-z])", name.lower())
     billions = [float(n) * (1e-3 if unit == "m" else 1.0) for n, unit in sizes]
     total = max(billions, default=7.0)
-    moe = m.get("moe") or {}
+    told = m.get("moe") or {}
+    moe = bool(told) or bool(active) or "moe" in key or "deepseek" in key
     dense = float(active.group(1)) if active else total / 8  # usual sparsity of mixtures
     if not moe:
         dense = total
@@ -168,8 +179,8 @@ def _sized_model(name: str, key: str, m: Mapping[str, Any]) -> Model:
     heads = max(1, width // 128)
     if not moe:
         return Model(name, layers, width, heads, heads, 128, 4 * width, 50304, 2, total < 2)
-    experts = int(moe.get("experts") or 64)
-    top_k = int(moe.get("top_k") or 4)
+    experts = int(told.get("experts") or 64)
+    top_k = int(told.get("top_k") or 4)
     routed = max(0.1, total - dense) * 1e9 / max(experts - top_k, 1) / layers
     ff = max(64, round(routed / (3 * width)))
     return Model(name, layers, width, heads, 8, 128, 0, 64000, experts=experts, top_k=top_k,
@@ -273,6 +284,8 @@ def read_point(record: Mapping[str, Any]) -> Point:
     sequence = int(_number((record.get("model") or {}).get("seq_len"), 4096))
     tensor = int(_number(p.get("tp"), _number(p.get("ici_tp"), 1)))
     pipeline, context = int(_number(p.get("pp"), 1)), int(_number(p.get("cp"), 1))
+    if not p.get("tp") and stack.group == "megatron" and model.params > 20e9:
+        tensor = min(8, count)  # Megatron splits matmuls within a host first
     if "pp" not in p and stack.group in {"megatron", "megatron-old"}:
         pipeline = _needed_stages(model, found, count // tensor, tensor)
     label = str(hw.get("interconnect") or "").lower()
@@ -312,6 +325,7 @@ def read_point(record: Mapping[str, Any]) -> Point:
         _gradient_bytes(stack, model, pipeline), "offload" in p and bool(p["offload"]),
         "offload" in str(p.get("remat")),
         runtime_bytes=_runtime_bytes(stack, model, pipeline),
+        logit_bytes={"llm-foundry": 4.0, "torchtitan": 10.0}.get(stack.family, 8.0),
         tuned_attention=stack.group != "fsdp" or found.name.startswith("a100"),
     )  # fmt: skip
     source = re.sub(r" line \d+$", "", str(record.get("source") or ""))

@@ -20,8 +20,11 @@ from shardtrain.planner.memory import Memory, job_memory
 from shardtrain.planner.time import step_terms
 from shardtrain.strategy import Strategy
 
-USABLE = 0.97
-"""Share of a device's printed memory that a plan may fill ("80 GB" parts hold nearly 80 GiB)."""
+USABLE = 1.0
+"""Share of the printed memory that a plan may fill: parts sold as 80 GB hold nearly 80 GiB, so
+filling 80e9 bytes leaves 6% for fragmentation."""
+MOST_TOKENS = 2**17
+"""Tokens in a microbatch of one replica beyond which nothing gets faster."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,13 @@ class Space:
 
     Attributes:
         tensor: tensor sizes; empty: powers of two up to the fast domain (at most 16).
-        pipeline: stages; empty: divisors of the layer count that are powers of two, up to 16.
+        pipeline: stages; empty: divisors of the layer count up to 64.
         context: context sizes; empty: 1, and 2 to 8 from 32k tokens on.
         expert: expert sizes; empty: 1, or powers of two that divide the experts.
         zero: sharding levels.
         remat: what is recomputed.
         precision: compute dtype.
-        microbatch: sequences per model replica at a time.
+        microbatch: sequences per model replica at a time; empty: divisors of its share.
         offload: whether the optimizer state lives on the host.
         schedule: pipeline schedules.
         virtual_stages: chunks per stage of an interleaved schedule.
@@ -122,7 +125,7 @@ class Space:
     zero: Sequence[int] = (1, 3)
     remat: Sequence[str] = ("none", "dots", "full")
     precision: Sequence[str] = ("bf16",)
-    microbatch: Sequence[int] = (1, 2, 4, 8)
+    microbatch: Sequence[int] = ()
     offload: Sequence[bool] = (False, True)
     schedule: Sequence[str] = ("1f1b", "interleaved")
     virtual_stages: Sequence[int] = field(default=(2, 4))
@@ -146,7 +149,7 @@ def search_layouts(
 
     Example:
         >>> found = search_layouts("llama3-8b", "h100:1x8", 64, 8192)
-        >>> found.best.memory.total < 80e9
+        >>> found.best.memory.total <= 80e9
         True
     """
     model = get(model_description) if isinstance(model_description, str) else model_description
@@ -192,7 +195,7 @@ def _jobs(
     chips = machine.chip_count
     fast = min(16, machine.domain_size)
     tensors = space.tensor or _powers(fast)
-    pipelines = space.pipeline or [p for p in _powers(16) if model.layers % p == 0]
+    pipelines = space.pipeline or [p for p in _divisors(model.layers) if p <= 64]
     contexts = space.context or ([1, 2, 4, 8] if sequence >= 32768 else [1])
     experts = space.expert or _powers(min(model.experts, 64) or 1)
     for tensor in tensors:
@@ -220,7 +223,8 @@ def _variants(
     if pipeline > 1:
         schedules = [(s, v) for s in space.schedule
                      for v in (space.virtual_stages if s == "interleaved" else (1,))]  # fmt: skip
-    micros = [m for m in space.microbatch if m == 1 or m * replicas <= global_batch]
+    micros = space.microbatch or _microbatches(global_batch // replicas, sequence // context)
+    micros = [m for m in micros if m == 1 or m * replicas <= global_batch]
     shards = _shards(machine, replicas, expert, tensor * context)
     for shard, zero, micro, remat, precision, offload, (schedule, virtual) in itertools.product(
         shards, space.zero, micros, space.remat, space.precision, space.offload, schedules
@@ -241,6 +245,17 @@ def _variants(
             context, expert, shard, zero, virtual, schedule, kept, precision, tensor > 1,
             offload=offload, domain=machine.domain_size,
         ), options  # fmt: skip
+
+
+def _divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+def _microbatches(share: int, sequence: int) -> list[int]:
+    """One, and up to ten larger divisors of a replica's share of the batch."""
+    sizes = [k for k in _divisors(max(share, 1)) if k == 1 or k * sequence <= MOST_TOKENS]
+    picked = sizes[:: max(1, -(-len(sizes) // 10))]
+    return sorted({*picked, sizes[-1]})
 
 
 def _shards(machine: Hardware, replicas: int, expert: int, inside: int) -> list[int]:

@@ -6,8 +6,10 @@ Usage: checkpoint_worker.py PROCESS_INDEX PORT OLD_RUN NEW_RUN. Prints one JSON 
 import json
 import os
 import resource
+import shutil
 import sys
 import traceback
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from checkpoint_states import Plan, State, abstract, bits, host_state_of
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shardtrain.checkpoint import Checkpointer, replica_divergence
+from shardtrain.checkpoint import Checkpointer, MemorySnapshot, replica_divergence
 from shardtrain.data import DataLoader, audit_first_batch
 from shardtrain.errors import CheckpointError, DataError
 
@@ -103,6 +105,34 @@ def save_and_restore(index, mesh, old_run, new_run, seen):
         seen["at the end"] = checkpointer.steps()
 
 
+def remember(index, mesh, directory, seen):
+    """Snapshots in memory; each process has a directory of its own, as on two hosts."""
+    snapshots = MemorySnapshot(directory / f"host-{index}", Plan(abstract(placed(0, mesh))))
+    mine = snapshots.directory
+
+    def step_after(damage, by):
+        if index == by:
+            damage()
+        multihost_utils.sync_global_devices("snapshot damage")
+        if snapshots.latest() is None:
+            return message(snapshots.restore)
+        state = snapshots.restore()
+        return int(state.step) if same_shards(state, placed(int(state.step), mesh)) else "wrong"
+
+    def save_both():
+        for step in (1, 2):
+            snapshots.save(placed(step, mesh))
+
+    save_both()
+    seen["all there"] = step_after(lambda: None, by=0)
+    seen["host 1 lost"] = step_after(lambda: shutil.rmtree(mine), by=1)
+    save_both()
+    seen["own of 0 torn"] = step_after(lambda: (mine / "2.own").write_bytes(b"torn"), by=0)
+    seen["its copy too"] = step_after(lambda: (mine / "2.peer").unlink(), by=1)
+    save_both()
+    seen["both hosts lost"] = step_after(lambda: shutil.rmtree(mine), by=index)
+
+
 def watch(index, mesh, seen):
     state = placed(1, mesh)
     seen["healthy"] = [str(d) for d in replica_divergence(state)]
@@ -144,6 +174,7 @@ def main(index, port, old_run, new_run):
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"))
     seen = {}
     save_and_restore(index, mesh, old_run, new_run, seen)
+    remember(index, mesh, Path(new_run).parent, seen)
     watch(index, mesh, seen)
     feed(index, mesh, seen)
     print(json.dumps(seen), flush=True)

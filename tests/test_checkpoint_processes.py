@@ -85,6 +85,15 @@ def test_a_save_that_fails_on_one_process_fails_on_both_and_the_next_works(run):
         assert seen["at the end"] == [1, 2, 5]
 
 
+def test_memory_snapshots_survive_one_lost_host_but_not_two(run):
+    for seen in run[1]:
+        assert seen["all there"] == 2
+        assert seen["host 1 lost"] == 2
+        assert seen["own of 0 torn"] == 2
+        assert seen["its copy too"] == 1
+        assert "no whole snapshot of this layout" in seen["both hosts lost"]
+
+
 def test_divergence_across_processes_names_the_copies(run):
     for seen in run[1]:
         assert seen["healthy"] == []

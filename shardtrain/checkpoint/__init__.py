@@ -4,6 +4,7 @@ from shardtrain.checkpoint.checkpointer import Checkpointer, CheckpointPlan
 from shardtrain.checkpoint.divergence import Divergence, replica_divergence
 from shardtrain.checkpoint.export import export
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
+from shardtrain.checkpoint.memory import MemorySnapshot
 from shardtrain.checkpoint.portable import Inspection, inspect, restore
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Checkpointer",
     "Divergence",
     "Inspection",
+    "MemorySnapshot",
     "as_text",
     "export",
     "fingerprint",

@@ -106,8 +106,8 @@ def figure(table: Timetable, found: tuple[Phase, ...], costs: SlotCosts) -> "Fig
     axes.invert_yaxis()
     axes.set_title(f"{table.name}, {table.num_microbatches} microbatches", fontsize=9)
     used = [kind for kind in KINDS if any(t.kind == kind for t in table.tasks)]
-    axes.legend(
+    fig.legend(
         handles=[Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in used],
-        loc="upper right", fontsize=7,
+        loc="outside right upper", fontsize=7,
     )  # fmt: skip
     return fig

@@ -20,10 +20,11 @@ from shardtrain.errors import BatchError, ScheduleError
 from shardtrain.modules.losses import LossOutput
 from shardtrain.pipeline.buffers import Placement
 from shardtrain.pipeline.classify import Extracted
+from shardtrain.pipeline.flight import Flight, Outer, Tick, rows_of
 from shardtrain.pipeline.schedules import Schedule
 from shardtrain.pipeline.stage_map import Stages
 from shardtrain.pipeline.stages import StageLayout, StageMajor
-from shardtrain.pipeline.tick import Flight, Outer, Tick, rows_of
+from shardtrain.pipeline.tick import run, start
 from shardtrain.train.gradients import GradFn, Gradients, split_batch
 
 
@@ -83,11 +84,11 @@ def make_pipeline_grad(
         tick = Tick(stages, schedule, place, outer, constrain)
         blocks = [params.blocks[leaf.name] for leaf in model.params]
         states = [variables.blocks[leaf.name] for leaf in model.states]
-        flight = tick.start(blocks, states)
+        flight = start(tick, blocks, states)
         for phase in schedule.table.phases:
             xs = rows_of(schedule.table, phase)
             body = lambda flight, row, slots=phase.slots: (
-                tick.run(flight, row, blocks, slots),
+                run(tick, flight, row, blocks, slots),
                 None,
             )
             flight, _ = jax.lax.scan(body, flight, xs)

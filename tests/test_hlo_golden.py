@@ -385,3 +385,23 @@ def test_an_all_reduce_of_overlapping_pieces_is_one():
     (found,) = parse_hand(PIECES.format(value=0, rows=32))
     assert not found.is_sum_of_pieces
     assert lint_collectives([found]) == []
+
+
+PRODUCT = 2 * (BATCH // 4) * WIDTH * HIDDEN // 2  # one matrix product of one layer on one device
+
+
+def test_products_scheduled_behind_an_asynchronous_collective_are_added_up():
+    found = parse_collectives(golden("tpu_v5e_megatron_fsdp"), *MESH)
+    # The chain of `down`'s gather runs through one product forward and two backward, per layer.
+    assert {c.parameter: c.overlapped_flops for c in found if c.is_async} == {
+        "p['down']": 3 * LAYERS * PRODUCT
+    }
+    found = parse_collectives(golden("gpu_h100_megatron_fsdp"), *MESH)
+    behind = {(c.kind, c.overlapped_flops) for c in found if c.is_async}
+    # One of the two reductions over `tensor` waits behind two products; nothing else does.
+    assert behind == {
+        ("reduce-scatter", 0),
+        ("all-reduce", 0),
+        ("all-reduce", 2 * LAYERS * PRODUCT),
+    }
+    assert all(c.overlapped_flops == 0 for c in found if not c.is_async)

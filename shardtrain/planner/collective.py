@@ -30,6 +30,7 @@ class Collective:
             all devices along some axes (see `within`).
         count: executions per step, loop trip counts multiplied out.
         is_async: the program starts it and waits for it in two instructions.
+        overlapped_flops: operations of products scheduled between its start and its end, per step.
         source: `file:line` of the line of code it came from, or "".
         parameter: the program argument it moves or, for a reduction, updates (a path such as
             `params['w']`; several joined with ` + `); "" when there is none or it is not clear.
@@ -63,3 +64,4 @@ class Collective:
     is_only_sliced: bool = False
     is_sum_of_pieces: bool = False
     within: tuple[str, ...] = ()
+    overlapped_flops: int = 0

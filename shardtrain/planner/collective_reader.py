@@ -10,6 +10,7 @@ from shardtrain.planner.collective import KINDS, UNKNOWN_AXES, Collective
 from shardtrain.planner.destinations import Destinations
 from shardtrain.planner.executions import Execution
 from shardtrain.planner.hlo import Computation, Instruction, Module
+from shardtrain.planner.overlap import Overlaps
 from shardtrain.planner.owners import Origins, Value
 from shardtrain.planner.replica_groups import (
     groups_are_whole,
@@ -71,6 +72,7 @@ class Flow:
     module: Module
     origins: Origins
     destinations: Destinations
+    overlaps: Overlaps
 
 
 def _payload(
@@ -96,6 +98,14 @@ def _is_async(node: Instruction, at: Execution) -> bool:
     """Whether work can overlap. GPU programs start all, and mark those waited for at once."""
     starts = at.is_async or node.opcode.endswith("-start") or _CHAIN in node.attributes
     return starts and '"is_sync":true' not in node.attributes
+
+
+def _overlapped_flops(flow: Flow, computation: Computation, node: Instruction) -> int:
+    """Operations between start and end of one execution; a fused or wrapped one starts outside."""
+    place = (computation, node)
+    if not node.opcode.endswith("-start"):
+        place = flow.origins.caller(computation.name) or place
+    return flow.overlaps.of(*place)
 
 
 def _slice_sizes(node: Instruction) -> list[tuple[int, ...]]:
@@ -170,12 +180,13 @@ def read_collective(
     if kind == "all-reduce":
         pieces = summed_pieces(flow.origins, computation, node, group_size)
     source = module.sources.locate(node.attributes)
+    is_async = _is_async(node, at)
     return Collective(
         kind=kind,
         bytes=size,
         axes=axes,
         count=at.count,
-        is_async=_is_async(node, at),
+        is_async=is_async,
         source=source or (module.sources.locate(fused.attributes) if fused else ""),
         parameter=_parameter(flow, computation, node, pieces),
         operation_name=node.operation_name or (fused.operation_name if fused else ""),
@@ -190,4 +201,5 @@ def read_collective(
         is_only_sliced=kind == "all-reduce"
         and is_only_sliced(module, computation, node, group_size),
         within=within,
+        overlapped_flops=at.count * _overlapped_flops(flow, computation, node) if is_async else 0,
     )

@@ -16,6 +16,7 @@ from shardtrain.planner.collective_reader import Flow, make_layout, read_collect
 from shardtrain.planner.destinations import Destinations
 from shardtrain.planner.executions import count_executions
 from shardtrain.planner.hlo import Module, parse_hlo
+from shardtrain.planner.overlap import Overlaps
 from shardtrain.planner.owners import Origins
 
 __all__ = [
@@ -31,14 +32,18 @@ __all__ = [
 
 
 def merge_collectives(collectives: Sequence[Collective]) -> list[Collective]:
-    """One row for collectives that differ only in `count` and `operation_name`, counts added."""
+    """One row for collectives that differ only in what is added up (`count`, `overlapped_flops`)
+    and in `operation_name`, of which the first is kept.
+    """
     rows: dict[Collective, Collective] = {}
     for item in collectives:
-        key = dataclasses.replace(item, count=0, operation_name="")
-        if key in rows:
-            rows[key] = dataclasses.replace(rows[key], count=rows[key].count + item.count)
-        else:
+        key = dataclasses.replace(item, count=0, operation_name="", overlapped_flops=0)
+        if key not in rows:
             rows[key] = item
+            continue
+        count = rows[key].count + item.count
+        flops = rows[key].overlapped_flops + item.overlapped_flops
+        rows[key] = dataclasses.replace(rows[key], count=count, overlapped_flops=flops)
     return list(rows.values())
 
 
@@ -51,7 +56,7 @@ def collectives_in(
     """All collectives of a parsed module, merged. Arguments as `parse_collectives`."""
     layout = make_layout(axis_names, device_ids, assignment)
     executions = count_executions(module)
-    flow = Flow(module, Origins(module), Destinations(module))
+    flow = Flow(module, Origins(module), Destinations(module), Overlaps(module))
     found = []
     for name, computation in module.computations.items():
         at = executions.get(name)

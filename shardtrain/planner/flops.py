@@ -131,7 +131,7 @@ def _custom_call(node: Instruction, operands: list[Array]) -> int | None:
     return None
 
 
-def _instruction_flops(computation: Computation, node: Instruction) -> int | None:
+def instruction_flops(computation: Computation, node: Instruction) -> int | None:
     """Operations of one instruction; None when it may compute but it is not known how much."""
     operands = [
         array
@@ -166,7 +166,7 @@ def count_flops(module: Module) -> Flops:
         for node in computation.instructions:
             if node.opcode not in computing:
                 continue
-            flops = _instruction_flops(computation, node)
+            flops = instruction_flops(computation, node)
             if flops is None:
                 uncounted[_name(node)] = None
                 continue

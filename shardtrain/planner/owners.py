@@ -61,6 +61,10 @@ class Origins:
             value = self._back(value)
         return None
 
+    def caller(self, name: str) -> tuple[Computation, Instruction] | None:
+        """The instruction that runs a computation, and where it is; None for the entry."""
+        return self._callers.get(name)
+
     def made_by(self, computation: Computation, name: str, opcode: str) -> Value | None:
         """The instruction of that opcode which made a value, looking through copies and calls."""
         node = computation.by_name.get(name)

@@ -217,7 +217,4 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    # Through the importable module, so that what is pickled has its real name.
-    from shardtrain.planner import remote
-
-    remote.main(sys.argv[1])
+    main(sys.argv[1])

@@ -86,7 +86,7 @@ def collectives_table(collectives: Iterable[Collective], title: str = "Communica
     table.add_column("bytes", justify="right")
     table.add_column("per step", str(sum(c.count for c in rows)), justify="right")
     table.add_column("bytes per step", total, justify="right")
-    table.add_column("async")
+    table.add_column("async, behind")
     table.add_column("parameter", overflow="fold")
     table.add_column("source", overflow="fold")
     for c in rows:
@@ -96,7 +96,7 @@ def collectives_table(collectives: Iterable[Collective], title: str = "Communica
             format_bytes(c.bytes),
             f"{'' if c.is_exact else '≈'}{c.count}",
             format_bytes(c.bytes * c.count),
-            "yes" if c.is_async else "",
+            f"{c.overlapped_flops / 1e9:.3g} GFLOP" if c.is_async else "",
             shorten(c.parameter),
             "/".join(c.source.rsplit("/", 2)[-2:]),
         )

@@ -6,15 +6,14 @@ from shardtrain.errors import StrategyError
 from shardtrain.hardware import chip
 from shardtrain.planner.catalogue import get
 from shardtrain.planner.job import Job
-from shardtrain.planner.memory import (
+from shardtrain.planner.memory import in_flight, job_memory
+from shardtrain.planner.memory_published import (
     ACTIVATIONS,
     activation_bytes,
     deepspeed_states,
     extra_bytes,
     first_stage_bytes,
-    in_flight,
     interleave_factor,
-    job_memory,
     zero_states,
 )
 

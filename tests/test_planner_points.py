@@ -17,7 +17,8 @@ from shardtrain.planner.calibration import (
     measured_seconds,
     memory_calibration,
 )
-from shardtrain.planner.points import load_points, read_model, read_point
+from shardtrain.planner.points import load_points, read_point
+from shardtrain.planner.points_models import read_model
 from shardtrain.planner.points_predict import predict, predict_point
 
 RECORD = {

@@ -8,7 +8,8 @@ from shardtrain.planner.calibration import constants
 from shardtrain.planner.catalogue import get
 from shardtrain.planner.job import Job
 from shardtrain.planner.search import Space, search_layouts
-from shardtrain.planner.time import TERMS, Constants, step_terms
+from shardtrain.planner.time import TERMS, step_terms
+from shardtrain.planner.time_constants import Constants
 from shardtrain.planner.time_estimate import estimate_step
 from shardtrain.planner.topology import collective_seconds, group_bandwidth
 

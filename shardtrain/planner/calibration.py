@@ -25,8 +25,10 @@ from typing import Any
 import numpy as np
 
 from shardtrain.planner.memory import GIB, job_memory
-from shardtrain.planner.points import Point, embedding_stages, load_points, read_point
-from shardtrain.planner.time import Constants, step_terms
+from shardtrain.planner.points import Point, load_points, read_point
+from shardtrain.planner.points_stack import embedding_stages
+from shardtrain.planner.time import step_terms
+from shardtrain.planner.time_constants import Constants
 
 LABELS = (
     "family", "group", "chip", "generation", "recipe", "model", "mixture", "remat", "task",

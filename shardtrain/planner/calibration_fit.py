@@ -23,7 +23,8 @@ from shardtrain.planner.calibration import (
     same_levels,
 )
 from shardtrain.planner.points import Point
-from shardtrain.planner.time import NAMES, Constants, step_terms
+from shardtrain.planner.time import step_terms
+from shardtrain.planner.time_constants import NAMES, Constants
 
 START = Widths(
     (0.05, 0.08, 0.1, 0.08, 0.06), 0.15, (0.5,) * len(LABELS), (0.1,) * len(MEASURES), 0.03

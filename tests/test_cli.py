@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.numpy import load_file
 
 from shardtrain.cli import COMMANDS, main
 from shardtrain.cli.train import devices as train_devices
@@ -117,6 +118,83 @@ def test_empty_and_short_text(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_inspect_and_export_what_is_not_there(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+    assert "no checkpoint directory" in said(capsys)[1]
+    assert main(["export", str(tmp_path), str(tmp_path / "m.safetensors")]) == 2
+    assert "no complete step in" in said(capsys)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_launch_needs_a_command(capsys):
+    assert main(["launch", "-n", "2", "python", "train.py"]) == 2
+    assert "write the command to start after --" in said(capsys)[1]
+
+
+def test_launch_passes_the_exit_code_on(tmp_path, capfd):
+    code = (
+        "import os; print('process', os.environ['SHARDTRAIN_PROCESS_INDEX']); raise SystemExit(3)"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    run = ["launch", "-n", "1", "--max-restarts", "0", "--run-directory", str(tmp_path / "logs")]
+    assert main([*run, "--", sys.executable, str(script)]) == 3
+    assert "process 0" in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------- verify
+
+
+PROBLEM = """
+import jax.numpy as jnp, numpy as np, optax
+import shardtrain as st
+
+def problem():
+    model = st.Functional(init=lambda key: {"w": jnp.ones((4, 8))})
+    batch = {"x": np.ones((8, 4), "float32"), "y": np.arange(8)}
+    return model, lambda v, b: st.cross_entropy(b["x"] @ v["w"], b["y"]), optax.sgd(0.1), batch
+
+def three():
+    return 1, 2, 3
+
+number = 7
+"""
+
+
+@pytest.fixture
+def problem(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(PROBLEM)
+    return file
+
+
+def test_verify_a_model_of_ones_own(problem, capsys):
+    arguments = ["verify", f"{problem}:problem", "--strategy", "data=2,fsdp=4", "--table"]
+    assert main(arguments) == 0
+    shown, _ = said(capsys)
+    assert "PASS" in shown
+    assert "DIFFERS" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (":problm", "has no function 'problm': did you mean 'problem'?"),
+        (":number", "has no function 'number'"),
+        (":three", "returned 3 values, not (model, loss_fn, optimizer, batch)"),
+        ("", "is not of the form FILE.py:NAME"),
+    ],
+)
+def test_problem_that_cannot_be_used(name, message, problem, capsys):
+    assert main(["verify", f"{problem}{name}"]) == 2
+    assert message in said(capsys)[1]
+
+
+def test_problem_file_that_is_not_there(capsys):
+    assert main(["verify", "nowhere.py:problem"]) == 2
+    assert "no such file: nowhere.py" in said(capsys)[1]
+
+
 # ---------------------------------------------------------------- devices and directories
 
 
@@ -185,6 +263,16 @@ def test_train_resume_other_model_and_fresh(text, tmp_path, capsys):
     assert "data 1 fsdp 0         4         5" in shown
     assert "blocks/*/mlp/gate/kernel         64x160 x2   fsdp, tensor" in shown
     assert "Trained 6 steps (1.5k tokens)" in shown.replace("\n", " ")
+
+    assert main(["inspect", str(out)]) == 0
+    shown, _ = said(capsys)
+    assert "step 6 of " in shown
+    assert "params/blocks/0/mlp/gate/kernel" in shown
+    exported = tmp_path / "model.safetensors"
+    assert main(["export", str(out), str(exported)]) == 0
+    assert "wrote " in said(capsys)[0]
+    assert load_file(exported)["blocks/0/mlp/gate/kernel"].shape == (64, 160)
+
     names = {p.name for p in out.iterdir()}
     assert names >= {"6", "loss.png", "metrics.jsonl", "run.json", "sample.txt", "tensorboard"}
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

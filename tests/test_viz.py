@@ -74,6 +74,10 @@ def test_loss_figure_has_both_curves_and_leaves_out_what_is_not_finite(tmp_path)
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_notebook_shows_figures_without_magic():
+    assert viz.loss_figure([])._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_loss_figure_of_nothing_is_empty():
     assert list(viz.loss_figure([]).axes[0].lines) == []
 

@@ -30,9 +30,9 @@ class DecoderConfig:
     vocab_size: int = 256
     num_layers: int = 4
     embed_dim: int = 256
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 32
     mlp_dim: int = 640
     rope_theta: float = 10_000.0
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.errors import ModelError
 
@@ -52,14 +53,17 @@ def generate(
     buffer = np.zeros(window, np.int32)
     buffer[: len(prompt)] = prompt
     key = jax.random.key(seed)
-    sampler = _sampler(num_tokens)
+    sampler = _sampler(num_tokens, NamedSharding(plan.mesh, PartitionSpec()))
     tokens = plan.call(state, sampler, buffer, np.int32(len(prompt)), key, np.float32(temperature))
     return np.asarray(tokens)
 
 
 @functools.cache
-def _sampler(num_tokens: int) -> Callable[..., jax.Array]:
-    """One function object per length: `plan.call` compiles each function once."""
+def _sampler(num_tokens: int, everywhere: NamedSharding) -> Callable[..., jax.Array]:
+    """One function object per length: `plan.call` compiles each function once.
+
+    The tokens end up on every device, so that each process can read them.
+    """
 
     def sample(model: Any, buffer: Any, length: Any, key: Any, temperature: Any) -> jax.Array:
         def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
@@ -68,7 +72,9 @@ def _sampler(num_tokens: int) -> Callable[..., jax.Array]:
             token = choose(logits, key, temperature)
             return append(tokens, length, token), token
 
-        return jax.lax.scan(step, (buffer, length), jax.random.split(key, num_tokens))[1]
+        keys = jax.random.split(key, num_tokens)
+        _, tokens = jax.lax.scan(step, (buffer, length), keys)
+        return jax.lax.with_sharding_constraint(tokens, everywhere)
 
     return sample
 

@@ -13,7 +13,7 @@ _EXPORTS = {
     "mesh_figure": "mesh",
     "mesh_text": "text",
     "parameters_figure": "parameters",
-    "save": "loss",
+    "save": "figure",
 }
 """Public name -> the module that defines it."""
 

@@ -1,17 +1,17 @@
 """The loss curve of a run."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from shardtrain.viz.figure import Picture
 
 TRAIN, HELD_OUT = "#4c78a8", "#e45756"
 
 
-def loss_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+def loss_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Picture:
     """Training loss per step, smoothed too, and held-out loss.
 
     Args:
@@ -19,14 +19,14 @@ def loss_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure
       title: Above the axes.
 
     Returns:
-      A matplotlib `Figure`; no window, no pyplot state.
+      A matplotlib figure; no window, no pyplot state.
 
     Example:
       >>> figure = loss_figure([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
       >>> figure.axes[0].get_xlabel()
       'step'
     """
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Picture(7, 4)
     axes = figure.add_subplot()
     steps, losses = _points(records, "step")
     if steps:
@@ -64,11 +64,6 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
         norm = weight * norm + (1 - weight)
         out.append(round(average / norm, 12))
     return out
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure; the suffix decides the format (png, svg, pdf)."""
-    figure.savefig(os.fspath(path))
 
 
 def _points(records: Sequence[Mapping[str, Any]], kind: str) -> tuple[list[int], list[float]]:

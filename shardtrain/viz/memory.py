@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from shardtrain.tables import bytes_text
+from shardtrain.viz.figure import Picture
 
 _PARTS = ("params", "grads", "optimizer", "variables", "batch", "activations")
 _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#e45756")
 
 
-def memory_figure(memories: Mapping[str, Any], limit: float | None = None) -> Figure:
+def memory_figure(memories: Mapping[str, Any], limit: float | None = None) -> Picture:
     """Bytes on one device by what they are for.
 
     Args:
@@ -24,7 +23,7 @@ def memory_figure(memories: Mapping[str, Any], limit: float | None = None) -> Fi
       >>> len(memory_figure({"plan": one}).axes)
       1
     """
-    figure = Figure(figsize=(8, 1.4 + 0.5 * len(memories)), dpi=120, layout="constrained")
+    figure = Picture(8, 1.4 + 0.5 * len(memories))
     axes = figure.add_subplot()
     mib = 2.0**20
     for row, memory in enumerate(memories.values()):

@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from shardtrain.partitioning.rules import BATCH_AXES
+from shardtrain.viz.figure import Picture
 from shardtrain.viz.text import device_ids
 
 _MAX_CELLS = 1024
 
 
-def mesh_figure(mesh: Any, title: str = "") -> Figure:
+def mesh_figure(mesh: Any, title: str = "") -> Picture:
     """Devices as a grid: the last axis of size > 1 across, the others down.
 
     Cells of one colour read the same rows of each batch.
@@ -36,11 +36,7 @@ def mesh_figure(mesh: Any, title: str = "") -> Figure:
         raise ValueError(f"a picture of {math.prod(sizes)} devices cannot be read; use mesh_text")
     columns, rows = sizes[-1], math.prod(sizes[:-1])
     grid = device_ids(mesh).reshape(rows, columns)
-    figure = Figure(
-        figsize=(min(1.6 + 0.9 * columns, 14), min(1.2 + 0.55 * rows, 12)),
-        dpi=120,
-        layout="constrained",
-    )
+    figure = Picture(min(1.6 + 0.9 * columns, 14), min(1.2 + 0.55 * rows, 12))
     axes = figure.add_subplot()
     shards = batch_shards(names, sizes)
     colors = palette(int(shards.max()) + 1)

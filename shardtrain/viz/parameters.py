@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from shardtrain.partitioning.rules import as_axes
 from shardtrain.tables import bytes_text
+from shardtrain.viz.figure import Picture
 from shardtrain.viz.mesh import palette
 from shardtrain.viz.text import device_ids
 
 _MAX_TEXT = 16
 
 
-def parameters_figure(plan: Any, limit: int = 6) -> Figure:
+def parameters_figure(plan: Any, limit: int = 6) -> Picture:
     """The largest kinds of parameters, cut into their shards.
 
     Each piece carries the ids of the devices that hold it: one id is fully sharded, several are
@@ -34,7 +34,7 @@ def parameters_figure(plan: Any, limit: int = 6) -> Figure:
     chosen = list(leaves.items())[:limit]
     columns = min(3, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), dpi=120, layout="constrained")
+    figure = Picture(3.6 * columns, 2.6 * rows)
     for number, (path, leaf) in enumerate(chosen, start=1):
         axes = figure.add_subplot(rows, columns, number)
         spec = leaf.spec(plan.strategy.zero == 3)

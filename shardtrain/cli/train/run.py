@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from shardtrain.checkpoint import agreement, steps
 from shardtrain.cli.train.devices import Devices, choose_devices, use_compile_cache
 from shardtrain.cli.train.directory import choose_directory, claim, write_settings
 from shardtrain.cli.train.options import TrainOptions
@@ -30,7 +31,8 @@ from shardtrain.modules import Mean, cross_entropy
 from shardtrain.monitoring.metrics_log import MetricsLog, TensorBoardLog, read_metrics
 from shardtrain.plan import Plan
 from shardtrain.plan import plan as make_plan
-from shardtrain.viz.loss import loss_figure, save
+from shardtrain.viz.figure import save
+from shardtrain.viz.loss import loss_figure
 
 _MAY_CHANGE = ("steps", "strategy", "lr")
 _INTERRUPTED = 130
@@ -48,7 +50,9 @@ def run(options: TrainOptions) -> int:
     size = model_size(options.model, text.tokenizer.vocab_size)
     directory = choose_directory(options.out, f"{options.model}-{text.name}", options.fresh)
     settings = _settings(options, size, devices)
-    continues = claim(directory, settings, _MAY_CHANGE)
+    # Also a barrier: nobody writes before all processes have looked.
+    claimed = claim(directory, settings, _MAY_CHANGE) and bool(steps.committed(directory))
+    continues = bool(agreement.from_first(int(claimed)))
 
     loader = train_loader(text, options.sequence, options.batch, options.seed)
     held_out = eval_loader(text, options.sequence, options.batch)
@@ -99,18 +103,20 @@ def train(
     held_out: DataLoader,
     options: TrainOptions,
     directory: Path,
-    continues: bool,
+    has_checkpoint: bool,
 ) -> tuple[FitResult, float]:
     """Evaluate the untrained model, then `fit`; the result and the seconds it took."""
     started = time.monotonic()
     state = None
-    if not continues:
+    if not has_checkpoint:
         console.print("compiling ...", style="dim")
         state = plan.init(options.seed)
         before = evaluate(plan, state, held_out)
         console.print(f"step 0: held-out loss {before['loss']:.4f}", style="green")
         if jax.process_index() == 0:
-            MetricsLog(directory / "metrics.jsonl").write({"kind": "eval", "step": 0, **before})
+            log = directory / "metrics.jsonl"
+            log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            MetricsLog(log).write({"kind": "eval", "step": 0, **before})
     quarter = max(1, options.steps // 4)
     result = fit(
         plan,

@@ -15,13 +15,13 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(DecoderConfig(num_layers=2, embed_dim=64, head_dim=16, mlp_dim=160), 5e-3),
+    "tiny": Size(DecoderConfig(num_layers=2, embed_dim=64, head_dim=8, mlp_dim=160), 5e-3),
     "small": Size(DecoderConfig(), 3e-3),
-    "medium": Size(
-        DecoderConfig(num_layers=8, embed_dim=512, num_heads=8, num_kv_heads=4, mlp_dim=1408), 1e-3
-    ),
+    "medium": Size(DecoderConfig(num_layers=8, embed_dim=512, head_dim=64, mlp_dim=1408), 1e-3),
     "large": Size(
-        DecoderConfig(num_layers=16, embed_dim=1024, num_heads=16, num_kv_heads=8, mlp_dim=2816),
+        DecoderConfig(
+            num_layers=16, embed_dim=1024, num_heads=16, num_kv_heads=8, head_dim=64, mlp_dim=2816
+        ),
         6e-4,
     ),
 }

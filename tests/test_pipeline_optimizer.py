@@ -5,10 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from shardtrain.errors import StageSplitError
 from shardtrain.pipeline.optimizer import map_layers, pipelined_optimizer
-from shardtrain.pipeline.stages import LayerLeaf, from_stage_major, stage_layout, to_stage_major
+from shardtrain.pipeline.optimizer_state import (
+    is_mapped,
+    mapped_specs,
+    stack_state,
+    unstack_state,
+)
+from shardtrain.pipeline.stages import (
+    LayerLeaf,
+    from_stage_major,
+    stage_layout,
+    stage_major_specs,
+    to_stage_major,
+)
 
 LAYERS = 4
 
@@ -74,3 +87,38 @@ def test_optimizers_that_compare_layers_are_refused():
 def test_state_of_mapped_optimizers_is_sharded_by_stage():
     state = map_layers(optax.adam(1e-2)).init(to_stage_major(PARAMS, LAYOUT))
     assert {x.shape[0] for x in jax.tree.leaves(state)} == {2}
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "lamb", "adafactor", "muon", "clip, lamb", "adamw, matrices decay"]
+)
+def test_states_are_the_unpipelined_ones_in_checkpoints(name):
+    optimizer = {**STACKED, **PER_LAYER}[name]
+    pipelined = map_layers(optimizer) if name in PER_LAYER else optimizer
+
+    def states(grads, params):
+        expected = optimizer.update(grads, optimizer.init(params), params)[1]
+        major = to_stage_major(params, LAYOUT)
+        first = pipelined.init(major)
+        found = pipelined.update(to_stage_major(grads, LAYOUT), first, major)[1]
+        whole = unstack_state(found, LAYOUT)
+        return expected, whole, stack_state(whole, first, LAYOUT), found
+
+    expected, whole, again, found = jax.jit(states)(jax.tree.map(jnp.cos, PARAMS), PARAMS)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+    jax.tree.map(close, whole, expected)
+    assert is_mapped(found) == (name in PER_LAYER)
+    plain = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+    assert plain(again) == plain(found)
+    jax.tree.map(close, unstack_state(again, LAYOUT), expected)
+
+
+def test_mapped_states_are_sharded_like_their_parameters():
+    specs = stage_major_specs(jax.tree.map(lambda x: PartitionSpec(), PARAMS), LAYOUT)
+    specs.blocks["layers/*/kernel"] = PartitionSpec("pipeline", None, None, None, "tensor")
+    shapes = jax.eval_shape(map_layers(optax.adam(1e-2)).init, to_stage_major(PARAMS, LAYOUT))
+    found = mapped_specs(shapes, specs)
+    assert found[0].count == PartitionSpec("pipeline")
+    assert found[0].mu.outer["embed"] == PartitionSpec("pipeline", None, None)
+    kernel = PartitionSpec("pipeline", None, "tensor")
+    assert found[0].mu.blocks["layers/*/kernel"] == [kernel, kernel]

@@ -114,6 +114,8 @@ def to_stage_major(tree: Any, layout: StageLayout) -> StageMajor:
     shape = (layout.virtual_stages, layout.num_stages, layout.per_chunk)
 
     def stack(parts: list[Any], leaf: LayerLeaf) -> Any:
+        if not hasattr(parts[0], "shape"):
+            return parts[0]
         layers = parts[0] if leaf.stacked else jnp.stack(parts)
         return layers.reshape(*shape, *layers.shape[1:]).swapaxes(0, 1)
 
@@ -124,6 +126,8 @@ def from_stage_major(tree: StageMajor, layout: StageLayout) -> Any:
     """Back to the model's own layout: the inverse of `to_stage_major`."""
 
     def unstack(array: Any, leaf: LayerLeaf) -> list[Any]:
+        if not hasattr(array, "shape"):
+            return [array] * len(leaf.paths)
         layers = array.swapaxes(0, 1).reshape(layout.count, *array.shape[3:])
         return [layers] if leaf.stacked else [layers[n] for n in range(layout.count)]
 
@@ -149,8 +153,8 @@ def stage_major_specs(specs: Any, layout: StageLayout) -> StageMajor:
 def _split(
     tree: Any, layout: StageLayout, join: Callable[[list[Any], LayerLeaf], Any]
 ) -> StageMajor:
-    flat = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    by_path = dict(zip(layout.paths, flat, strict=True))
+    # An optimizer that masks leaves puts an empty node in their place: it stays as it is.
+    by_path = dict(zip(layout.paths, layout.treedef.flatten_up_to(tree), strict=True))
     blocks = {leaf.name: join([by_path[p] for p in leaf.paths], leaf) for leaf in layout.leaves}
     taken = {p for leaf in layout.leaves for p in leaf.paths}
     return StageMajor({p: x for p, x in by_path.items() if p not in taken}, blocks)

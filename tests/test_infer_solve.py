@@ -238,6 +238,8 @@ def test_the_context_axis_takes_the_sequence_dims(tables):
     assert solution.inputs == {"0": P(None, "context"), "1": P(None, "context")}
     assert solve(tables["t5"], {"tensor": 4}).inputs == {"0": P(), "1": P()}
     assert solve(tables["llama"], {"context": 2}).inputs == {"": P(None, "context")}
+    whole = solve(tables["llama"], {"context": 2}, fixed={"sequence": None})
+    assert whole.inputs == {"": P()}
     odd = solve(tables["t5"], {"context": 8})
     assert odd.inputs == {"0": P(None, "context"), "1": P()}
     assert (
@@ -272,6 +274,12 @@ def test_wrong_fixed_axes_are_refused(tables):
         solve(tables["llama"], {"tensor": 2}, fixed={"vocabs": None})
     with pytest.raises(IndivisibleError, match="vocab has 97 elements"):
         solve(table_of(gpt(vocab=97)), {"tensor": 2}, fixed={"vocab": "tensor"})
+    with pytest.raises(IndivisibleError, match="expert has 4 elements, not divisible by expert=3"):
+        solve(tables["moe"], {"expert": 3}, fixed={"expert": "expert"})
+    with pytest.raises(PartitionError, match=r"channels_2 \(.*\) cannot be sharded .*: chan"):
+        solve(tables["conv_net"], {"tensor": 2}, fixed={"channels_2": "tensor"})
+    with pytest.raises(PartitionError, match=r"sequence \(no parameter has it\) cannot be sharded"):
+        solve(tables["llama"], {"tensor": 2}, fixed={"sequence": "tensor"})
     with pytest.raises(PartitionError, match="meet in one array"):
         solve(tables["llama"], {"tensor": 2}, fixed={"vocab": "tensor", "embed": "tensor"})
 

@@ -70,7 +70,7 @@ def collect(table: AxisTable) -> Costs:
         for g in groups_of(roots(c.atoms)):
             groups[g].flops += c.flops
     for row in table.rows:
-        for g in groups_of(c for dim in row.classes for c in dim):
+        for g in {group_of[c] for dim in row.classes for c in dim}:
             groups[g].param_bytes += row.bytes
             groups[g].paths.append(row.path)
     for penalty in graph.penalties:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from shardtrain.errors import IndivisibleError
+from shardtrain.errors import IndivisibleError, PartitionError
 from shardtrain.partitioning.infer.costs import Costs, collect
 from shardtrain.partitioning.infer.explain import explain_all
 from shardtrain.partitioning.infer.options import Option, fixed_choices, options
@@ -68,15 +68,17 @@ def solve(
     by_name, by_path = fixed_choices(table, fixed or {})
     expert = _simple_axis(costs, "expert", mesh_axes.get("expert", 1), by_name)
     found = options(table, costs, n, expert, by_name)
-    forced = _forced(found, costs, by_name, n)
+    forced = _forced(found, costs, by_name, mesh_axes)
     chosen = choose(costs, found, n, comm_weight, forced) or []
     second = choose(costs, found, n, comm_weight, forced, forbid=chosen) if chosen else None
     specs = _specs(table, costs, chosen, expert, n) | by_path
     reasons, findings = explain_all(table, costs, chosen, expert, mesh_axes, specs, by_path)
+    wanted = by_name.get("sequence", "context") == "context"
+    context = mesh_axes.get("context", 1) if wanted else 1
     over = {o.name: "tensor" for o in chosen}
     solution = Solution(
         specs=specs,
-        inputs=_inputs(table, mesh_axes.get("context", 1)),
+        inputs=_inputs(table, context),
         reasons=reasons,
         findings=findings,
         predicted_bytes=_bytes(costs, chosen, n),
@@ -103,7 +105,10 @@ def _simple_axis(
 
 
 def _forced(
-    found: list[Option], costs: Costs, by_name: Mapping[str, str | None], n: int
+    found: list[Option],
+    costs: Costs,
+    by_name: Mapping[str, str | None],
+    mesh_axes: Mapping[str, int],
 ) -> dict[int, int]:
     """Option → 0 or 1 where the user decided."""
     forced = {}
@@ -113,16 +118,25 @@ def _forced(
         if wanted:
             forced[i] = int(all(w == "tensor" for w in wanted) and len(wanted) == len(names))
     for name, axis in by_name.items():
-        groups = [g for g in costs.groups if g.name == name]
-        if axis == "tensor" and n > 1:
-            for g in groups:
-                if g.size % n:
-                    raise IndivisibleError(
-                        f"{name} has {g.size} elements, not divisible by tensor={n}"
-                        f" ({g.paths[0] if g.paths else 'no parameter'}); drop the rule"
-                        " or choose a divisor"
-                    )
+        size = mesh_axes.get(axis, 1) if axis in ("tensor", "expert") else 1
+        if size > 1:
+            _check_wanted(costs, name, str(axis), size)
     return forced
+
+
+def _check_wanted(costs: Costs, name: str, axis: str, n: int) -> None:
+    """A wish that cannot be granted is an error, not a finding."""
+    groups = [g for g in costs.groups if g.name == name and g.paths]
+    where = f"({groups[0].paths[0]})" if groups else "(no parameter has it)"
+    for g in groups:
+        if g.size % n:
+            raise IndivisibleError(
+                f"{name} has {g.size} elements, not divisible by {axis}={n} {where}; drop the rule"
+                " or choose a divisor"
+            )
+    if axis == "tensor" and (not groups or all(g.blocked for g in groups)):
+        why = groups[0].blocked if groups else "it divides no parameter"
+        raise PartitionError(f"{name} {where} cannot be sharded over {axis}={n}: {why}")
 
 
 def _specs(

@@ -1,6 +1,7 @@
 """The training loop, readable top to bottom."""
 
 import collections
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,23 @@ from shardtrain.checkpoint import Checkpointer
 from shardtrain.data import DataLoader, audit_first_batch
 from shardtrain.errors import DataError
 from shardtrain.modules import Mean
-from shardtrain.monitoring import Preempted, Preemption, Progress
+from shardtrain.monitoring import (
+    Preempted,
+    Preemption,
+    Progress,
+    Watchdog,
+    check_agreement,
+    find_stragglers,
+    gather_step_times,
+)
 from shardtrain.monitoring.callbacks import Callback, RunInfo
 from shardtrain.monitoring.console import ConsoleProgress
 from shardtrain.monitoring.metrics_log import MetricsLog
 from shardtrain.plan import Plan
 from shardtrain.train import TrainState
+
+STRAGGLER_EVERY = 100
+"""Steps between two looks for a process that holds up the others."""
 
 
 @dataclass
@@ -118,7 +130,8 @@ def fit(
     shardings = plan.layout.batch_shardings
     pending: collections.deque[_Pending] = collections.deque()
     try:
-        with Preemption() as stop:
+        with Preemption() as stop, _watchdog(report):
+            _agree(plan, loader, num_steps)
             for step in range(first, num_steps):
                 report.phase("data", step)
                 started = time.perf_counter()
@@ -136,7 +149,10 @@ def fit(
                     _record(pending.popleft(), result, listeners)
                 stopping = stop.should_stop(done)
                 between = done < num_steps and not stopping
+                if _due(done, STRAGGLER_EVERY):
+                    _report_stragglers(report, is_main)
                 if between and eval_loader is not None and _due(done, eval_every):
+                    report.phase("eval", step)
                     _drain(pending, result, listeners)
                     _evaluate(plan, result, eval_loader, done, listeners)
                 if between and _due(done, save_every):
@@ -150,12 +166,14 @@ def fit(
             _drain(pending, result, listeners)
             done = int(result.state.step)
             if eval_loader is not None and result.stopped is None and done > first:
+                report.phase("eval")
                 _evaluate(plan, result, eval_loader, done, listeners)
             report.phase("ckpt")
             if done > first:
                 checkpoints.save(result.state)
                 _tell(listeners, "on_checkpoint", done)
             checkpoints.close()
+            report.phase("done")
     except BaseException:
         checkpoints.abandon()
         _tell(listeners, "on_end", result)
@@ -183,6 +201,27 @@ def evaluate(plan: Plan, state: TrainState, loader: DataLoader) -> dict[str, flo
             sums[name] = sums[name] + mean if name in sums else mean
     values = {name: float(mean.value) for name, mean in sums.items()}
     return {**values, "weight": float(sums["loss"].weight)}
+
+
+def _watchdog(report: Progress) -> Any:
+    """Several processes: one that hangs must end, or all the others wait for ever."""
+    return Watchdog(report) if jax.process_count() > 1 else contextlib.nullcontext()
+
+
+def _agree(plan: Plan, loader: DataLoader, num_steps: int) -> None:
+    """Several processes: all run the same thing, or say who does not, before the first step."""
+    if jax.process_count() == 1:
+        return
+    facts = {"jax": jax.__version__, "num_steps": str(num_steps), **plan.describe()}
+    facts |= {f"data {k}": v for k, v in loader.describe().items()}
+    check_agreement({k: str(v) for k, v in facts.items()})
+
+
+def _report_stragglers(report: Progress, is_main: bool) -> None:
+    if jax.process_count() > 1:
+        for straggler in find_stragglers(gather_step_times(report.step_times())):
+            if is_main:
+                print(straggler)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.plan.pipelined import Pipelined, pipeline_gradients
-from shardtrain.plan.placement import check_batch, is_placed, own, place_tree
+from shardtrain.plan.placement import check_batch, is_placed, own, place_key, place_tree
 from shardtrain.plan.views import PlanViews
 from shardtrain.planner.compiled import Compiled
 from shardtrain.pytree import leaves_by_path
@@ -117,7 +117,7 @@ class Plan(PlanViews):
             params=params,
             opt_state=make_opt(params),
             variables=others,
-            rng=jax.device_put(jax.random.fold_in(jax.random.key(seed), 1), shardings.rng),
+            rng=place_key(jax.random.fold_in(jax.random.key(seed), 1), shardings.rng),
             skipped=zero(shardings.skipped),
         )
 

@@ -16,7 +16,20 @@ def own(x: Any, sharding: Any) -> jax.Array:
     `jax.device_put(..., may_alias=False)` still shares the buffer of a device that already holds
     the same shard (seen on jax 0.10.2), and donation would then delete the user's array.
     """
-    return jax.device_put(jnp.copy(x), sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(jnp.copy(x), sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return place_key(x, sharding)
+    host = np.array(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def place_key(key: jax.Array, sharding: Any) -> jax.Array:
+    """A typed key on a mesh, also one of several processes, where `device_put` refuses keys."""
+    data, impl = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
+    return jax.jit(
+        lambda: jax.random.wrap_key_data(jnp.asarray(data), impl=impl), out_shardings=sharding
+    )()
 
 
 def is_placed(batch: Any, planned: Any) -> bool:

@@ -258,11 +258,15 @@ class Plan(PlanViews):
             self._rng = (rng, jax.device_put(jax.random.key_data(rng), self._replicated()))
         return self._rng[1]
 
-    def _lower_step(self) -> jax.stages.Lowered:
-        state, batch = self.layout.state, self.layout.batch
+    def _step_arguments(self) -> tuple[Any, Any, Any]:
+        """What the compiled step takes, as shapes and shardings."""
+        state = self.layout.state
         data = jax.eval_shape(jax.random.key_data, state.rng)
         data = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=self._replicated())
-        return self._jitted_step.lower(state.replace(rng=None), data, batch)
+        return state.replace(rng=None), data, self.layout.batch
+
+    def _lower_step(self) -> jax.stages.Lowered:
+        return self._jitted_step.lower(*self._step_arguments())
 
     def _make_eval(self) -> Any:
         layout = self.layout

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from shardtrain.errors import HardwareError
 from shardtrain.pipeline.schedules import Schedule, make_schedule
 from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
 from shardtrain.plan.report import Report, local_hardware, plan_figures, summary_table
 from shardtrain.planner.collectives import Collective
 from shardtrain.planner.compiled import Compiled, compile_lowered
-from shardtrain.planner.targets import compiler_environment, target_devices
+from shardtrain.planner.remote import compile_elsewhere
 from shardtrain.planner.time_estimate import StepEstimate, estimate_step
 from shardtrain.planner.traffic import collectives_table
 from shardtrain.tables import Table, bytes_text
@@ -102,30 +101,29 @@ class PlanViews:
 
         Args:
           hardware: Compile for hardware that is not here, e.g. "v5e:4x4" (needs the `tpu` extra)
-            or "h100:1x8" (the `cuda` extra); without the extra, CPU devices stand in and `.note`
-            says so. None: the plan's own devices.
+            or "h100:1x8" (the `cuda` extra), in a process of its own; without the extra, CPU
+            devices stand in and `.note` says so. None: the plan's own devices.
 
         Returns:
           Bytes by class, FLOPs per device, collectives, HLO text, seconds.
 
         Raises:
           OutOfMemoryError: The compiler found that the step does not fit.
-          HardwareError: The hardware is unknown, or cannot be compiled for here.
+          HardwareError: The hardware is unknown.
         """
         asked = hardware or self.hardware
         if asked not in self._compiled:
             if asked is None:
                 found = compile_lowered(self._lower_step(), self.mesh)
             else:
-                target = target_devices(asked)
-                if not target.devices:
-                    raise HardwareError(
-                        f"cannot compile for {asked} here: {target.note}; CPU devices can stand in "
-                        f"if there are enough: st.simulate({target.hardware.device_count}) first"
-                    )
-                there = self.again(hardware=None, devices=target.devices)
-                with compiler_environment():
-                    found = compile_lowered(there._lower_step(), there.mesh, target.note)
+                there = self if self.hardware == asked else self.again(hardware=asked)
+                found = compile_elsewhere(
+                    there._jitted_step,
+                    there._step_arguments(),
+                    there.layout.sizes,
+                    asked,
+                    dcn=there.strategy.dcn,
+                )
             self._compiled[asked] = found
         return self._compiled[asked]
 

@@ -1,8 +1,7 @@
 """Batch rules of contractions, gathers, scatters and windows for `batch_independence`."""
 
 from shardtrain.partitioning.infer import primitive_names as names
-from shardtrain.partitioning.infer.batch_rules import Rule
-from shardtrain.partitioning.infer.batch_value import SUM, Kind, Op, Value, examples
+from shardtrain.partitioning.infer.batch_value import SUM, Kind, Op, Rule, Value, examples
 
 
 def dot_general(op: Op) -> list[Value]:

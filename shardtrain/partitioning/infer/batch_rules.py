@@ -1,12 +1,24 @@
-"""Batch rules of elementwise, shape and reduction primitives for `batch_independence`."""
-
-import math
-from collections.abc import Callable
+"""Batch rules of elementwise, reducing, ordering and random primitives."""
 
 from shardtrain.partitioning.infer import primitive_names as names
-from shardtrain.partitioning.infer.batch_value import SUM, ZERO, Kind, Op, Value, examples
-
-Rule = Callable[[Op], list[Value]]
+from shardtrain.partitioning.infer.batch_shapes import (
+    BATCH_SHAPE_RULES,
+    broadcast_in_dim,
+    concatenate,
+    reshape,
+    squeeze,
+    transpose,
+)
+from shardtrain.partitioning.infer.batch_value import (
+    SUM,
+    ZERO,
+    Kind,
+    Op,
+    Rule,
+    Value,
+    examples,
+    without,
+)
 
 _ADDITIVE = frozenset({"add", "sub", "add_any", "select_n"})
 _LINEAR = frozenset(
@@ -90,7 +102,7 @@ def reduce_sum(op: Op) -> list[Value]:
     (v,) = op.ins
     if not v.per_example:
         return [v]
-    return [SUM] if v.dim in op.params["axes"] else [examples(_after(v.dim, op.params["axes"]))]
+    return [SUM] if v.dim in op.params["axes"] else [examples(without(v.dim, op.params["axes"]))]
 
 
 def reduce_other(op: Op) -> list[Value]:
@@ -103,118 +115,10 @@ def reduce_other(op: Op) -> list[Value]:
         elif v.per_example and v.dim in axes:
             out.append(op.mixed(f"`{op.name}` over the batch does not add up"))
         else:
-            out.append(examples(_after(v.dim, axes)) if v.per_example else Value(Kind.SAME))
+            out.append(examples(without(v.dim, axes)) if v.per_example else Value(Kind.SAME))
     bad = next((v for v in out if v.kind is Kind.MIXED), None)
     best = bad or next((v for v in out if v.per_example), out[0])
     return [best] * len(op.out_avals)
-
-
-def _after(dim: int, removed: tuple[int, ...]) -> int:
-    return dim - sum(a < dim for a in removed)
-
-
-def broadcast_in_dim(op: Op) -> list[Value]:
-    """A value repeated for every example is a per-example value."""
-    (v, *_), scaled = op.ins, op.scaled()
-    if v.per_example or v.kind is Kind.POSITION:
-        return [Value(v.kind, op.params["broadcast_dimensions"][v.dim])]
-    if scaled and v.same and len(scaled) == 1:
-        return [examples(scaled[0])]
-    if scaled:
-        return [op.mixed("gives a sum over the batch back to the examples")]
-    return [v]
-
-
-def reshape(op: Op) -> list[Value]:
-    """The batch must stay the major part of its dim: (B, T) -> (B*T,) and back, not (T, B)."""
-    v = op.ins[0]
-    if not v.per_example and v.kind is not Kind.POSITION:
-        return [v]
-    scaled = op.scaled()
-    if len(scaled) == 1:
-        before = math.prod(op.in_shape(0)[: v.dim])
-        if before == math.prod(op.out_avals[0][0].shape[: scaled[0]]):
-            kind = v.kind if op.out_avals[0][0].shape[scaled[0]] == op.sizes[0] else Kind.EXAMPLES
-            if v.kind is Kind.POSITION and kind is not Kind.POSITION:
-                return [op.mixed("reshapes an arange over the batch")]
-            return [Value(kind, scaled[0])]
-    return [op.mixed(f"reshape to {op.out_avals[0][0].shape} mixes the batch with another dim")]
-
-
-def transpose(op: Op) -> list[Value]:
-    """Moves the batch dim."""
-    (v,) = op.ins
-    if v.per_example or v.kind is Kind.POSITION:
-        return [Value(v.kind, op.params["permutation"].index(v.dim))]
-    return [v]
-
-
-def squeeze(op: Op) -> list[Value]:
-    """Drops size-1 dims (the batch dim grows, so it is none of them)."""
-    (v,) = op.ins
-    if v.per_example or v.kind is Kind.POSITION:
-        return [Value(v.kind, _after(v.dim, op.params["dimensions"]))]
-    return [v]
-
-
-def concatenate(op: Op) -> list[Value]:
-    """Along another dim than the batch."""
-    axis = op.params.get("dimension", op.params.get("axis"))
-    if any(v.kind is Kind.POSITION for v in op.ins):
-        return [_columns(op, axis)]
-    stacked = op.name == "stack"
-    dims = {v.dim + (stacked and v.dim >= axis) for v in op.ins if v.per_example}
-    if len(dims) == 1 and (stacked or axis not in dims) and not _has_sum(op):
-        return [examples(dims.pop())]
-    if not dims:
-        return [_all_linear(op)]
-    return [op.mixed("concatenates along the batch, or joins sums and per-example values")]
-
-
-def _columns(op: Op, axis: int) -> Value:
-    dims = {v.dim for v in op.ins if v.per_example or v.kind is Kind.POSITION}
-    one_wide = all(shape[axis] == 1 for shape in (a[0].shape for a in op.in_avals))
-    last = axis == len(op.out_avals[0][0].shape) - 1
-    if op.name == "concatenate" and len(dims) == 1 and one_wide and last:
-        columns = frozenset(i for i, v in enumerate(op.ins) if v.kind is Kind.POSITION)
-        return Value(Kind.COLUMNS, dims.pop(), columns)
-    return op.mixed("uses the position of each example in the batch (an arange over the batch)")
-
-
-def _has_sum(op: Op) -> bool:
-    return any(v.kind is Kind.SUM for v in op.ins)
-
-
-def _all_linear(op: Op) -> Value:
-    if all(v.kind is Kind.ZERO for v in op.ins):
-        return ZERO
-    if all(v.additive for v in op.ins):
-        return SUM
-    if _has_sum(op):
-        return op.mixed("joins a sum over the batch with a value that does not depend on it")
-    return Value(Kind.SAME)
-
-
-def pad(op: Op) -> list[Value]:
-    """Other dims than the batch."""
-    v, fill = op.ins
-    if v.per_example and fill.same:
-        if tuple(op.params["padding_config"][v.dim]) != (0, 0, 0):
-            return [op.mixed("pads the batch")]
-        return [examples(v.dim)]
-    return [_all_linear(op)]
-
-
-def slice_(op: Op) -> list[Value]:
-    """All examples, or none."""
-    (v,) = op.ins
-    if not v.per_example:
-        return [v] if v.kind is not Kind.POSITION else [op.mixed("slices an arange over the batch")]
-    steps = op.params["strides"] or (1,) * (v.dim + 1)
-    whole = op.params["limit_indices"][v.dim] == op.in_shape(0)[v.dim]
-    if op.params["start_indices"][v.dim] == 0 and whole and steps[v.dim] == 1:
-        return [examples(v.dim)]
-    return [op.mixed("takes some of the examples of the batch (a slice of the batch dim)")]
 
 
 def along_axis(op: Op) -> list[Value]:
@@ -226,7 +130,7 @@ def along_axis(op: Op) -> list[Value]:
     dims = {v.dim for v in op.ins if v.per_example}
     if dims and (len(dims) > 1 or dims & set(axes)):
         return [op.mixed(f"`{op.name}` along the batch dim")] * len(op.out_avals)
-    if _has_sum(op):
+    if op.has_sum:
         if dims or op.name not in ("cumsum", "rev", "split", "unstack"):
             return [op.mixed(f"`{op.name}` of a sum over the batch")] * len(op.out_avals)
         return [SUM] * len(op.out_avals)
@@ -236,31 +140,9 @@ def along_axis(op: Op) -> list[Value]:
     return [examples(dim - (op.name == "unstack" and axes[0] < dim))] * len(op.out_avals)
 
 
-def tile(op: Op) -> list[Value]:
-    """Repeats other dims, or makes one copy per example of a size-1 dim."""
-    (v,), scaled = op.ins, op.scaled()
-    if v.per_example and op.params["reps"][v.dim] == 1:
-        return [v]
-    if v.same and len(scaled) == 1 and op.in_shape(0)[scaled[0]] == 1:
-        return [examples(scaled[0])]
-    if v.per_example or scaled:
-        return [op.mixed("tiles along the batch")]
-    return [v]
-
-
-def iota(op: Op) -> list[Value]:
-    """An arange over the batch gives positions; over other dims it is the same for each example."""
-    scaled, axis = op.scaled(), op.params["dimension"]
-    if not scaled:
-        return [Value(Kind.SAME)]
-    if scaled == (axis,):
-        return [Value(Kind.POSITION, axis)]
-    return [examples(scaled[0])]
-
-
 def random_bits(op: Op) -> list[Value]:
     """Draws shaped by the batch differ when the batch is split."""
-    if _has_sum(op):
+    if op.has_sum:
         return [op.mixed("random numbers seeded by a sum over the batch")]
     if op.ins and op.ins[0].per_example:
         return [op.ins[0]]
@@ -274,7 +156,7 @@ def random_bits(op: Op) -> list[Value]:
 
 def random_wrap(op: Op) -> list[Value]:
     """Keys gain or lose a trailing dim."""
-    return [op.ins[0] if not _has_sum(op) else op.mixed("a random key made of a batch sum")]
+    return [op.ins[0] if not op.has_sum else op.mixed("a random key made of a batch sum")]
 
 
 def passthrough(op: Op) -> list[Value]:
@@ -288,21 +170,12 @@ POSITION_RULES = frozenset(
 )
 
 RULES: dict[str, Rule] = {
+    **BATCH_SHAPE_RULES,
     **dict.fromkeys(names.ELEMENTWISE, elementwise),
     **dict.fromkeys(names.REDUCE_NOT_SUM, reduce_other),
     **dict.fromkeys(names.ALONG_AXIS, along_axis),
     **dict.fromkeys(names.RANDOM_KEYS, random_wrap),
     **dict.fromkeys(names.PASSTHROUGH, passthrough),
     **dict.fromkeys(names.RANDOM, random_bits),
-    "concatenate": concatenate,
-    "stack": concatenate,
     "reduce_sum": reduce_sum,
-    "broadcast_in_dim": broadcast_in_dim,
-    "reshape": reshape,
-    "transpose": transpose,
-    "squeeze": squeeze,
-    "pad": pad,
-    "slice": slice_,
-    "tile": tile,
-    "iota": iota,
 }

@@ -1,6 +1,7 @@
 """What a traced value is with respect to the batch: the lattice of `batch_independence`."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,11 @@ class Op:
         """Dims of output `i` that grow with the batch."""
         return scaled_dims(self.out_avals[i])
 
+    @property
+    def has_sum(self) -> bool:
+        """Whether an operand is a sum over the batch."""
+        return any(v.kind is Kind.SUM for v in self.ins)
+
     def mixed(self, reason: str) -> Value:
         """`MIXED` at this equation."""
         return mixed(reason, self.source)
@@ -119,3 +125,11 @@ def scaled_dims(avals: tuple[Any, Any]) -> tuple[int, ...]:
     """Dims whose size differs between the two traces."""
     one, two = (getattr(a, "shape", ()) for a in avals)
     return tuple(d for d, (m, n) in enumerate(zip(one, two, strict=True)) if m != n)
+
+
+def without(dim: int, removed: tuple[int, ...]) -> int:
+    """Where a dim is after others were removed."""
+    return dim - sum(a < dim for a in removed)
+
+
+Rule = Callable[[Op], list[Value]]

@@ -1,19 +1,16 @@
 """Walks two traces of one function side by side for `batch_independence`."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from shardtrain.partitioning.infer.batch_compare import changed_params, constant, number
 from shardtrain.partitioning.infer.batch_contract import CONTRACT_RULES, gather
 from shardtrain.partitioning.infer.batch_rules import POSITION_RULES, RULES
 from shardtrain.partitioning.infer.batch_value import (
     SAME,
-    ZERO,
     Kind,
     Op,
     Value,
@@ -30,11 +27,6 @@ _POSITION_RULES = POSITION_RULES | {gather}
 _ZERO_RULES = frozenset(  # the rules that know when zeros stay zeros
     RULES[name]
     for name in ("add", "broadcast_in_dim", "reshape", "transpose", "squeeze", "concatenate")
-)
-# Parameters that hold shapes: where they differ between the traces, so do the shapes of outputs,
-# and those are checked.
-_SHAPE_PARAMS = frozenset(
-    ("shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "reps", "dimensions")
 )
 
 
@@ -61,7 +53,7 @@ class Walk:
             reason = "the program itself changes with the batch size (Python code that looks at it)"
             return [mixed(reason)] * len(one.outvars)
         env = dict(zip(one.invars, ins, strict=True))
-        env |= {v: self._const(c) for v, c in zip(one.constvars, consts, strict=True)}
+        env |= {v: constant(c, self.sizes) for v, c in zip(one.constvars, consts, strict=True)}
         twin = dict(zip((*one.invars, *one.constvars), (*two.invars, *two.constvars), strict=True))
         for eqns in zip(one.eqns, two.eqns, strict=True):
             outs = self._equation(eqns, env, twin, outer)
@@ -74,36 +66,10 @@ class Walk:
     def _read(self, atoms: tuple[Any, Any], env: dict, twin: dict) -> Value:
         one, two = atoms
         if isinstance(one, Literal) and isinstance(two, Literal):
-            return self._number(np.asarray(one.val), np.asarray(two.val))
+            return number(np.asarray(one.val), np.asarray(two.val), self.sizes)
         if isinstance(one, Literal) or isinstance(two, Literal) or twin[one] is not two:
             return mixed("the program itself changes with the batch size")
         return env[one]
-
-    def _number(self, one: np.ndarray, two: np.ndarray) -> Value:
-        if one.dtype == two.dtype and np.array_equal(one, two, equal_nan=one.dtype.kind in "fc"):
-            return ZERO if not one.any() else SAME
-        b1, b2 = self.sizes
-        if one.shape != () or two.shape != () or one.dtype.kind not in "iuf":
-            return mixed("an array whose values depend on the batch size")
-        what = f"{one} at batch size {b1}, {two} at {b2}"
-        if float(one) * b2 == float(two) * b1:
-            return Value(Kind.SUM, reason=what)  # a count of examples (or of tokens)
-        return mixed(f"a number that depends on the batch size: {what}")
-
-    def _const(self, pair: tuple[Any, Any]) -> Value:
-        one, two = pair
-        if one is two:
-            return SAME
-        one, two = (_to_numpy(c) for c in pair)
-        if one.shape == two.shape:
-            return self._number(one, two)
-        scaled = scaled_dims((one, two))
-        if len(scaled) == 1:
-            first = [np.take(c, [0], scaled[0]) for c in (one, two)]
-            uniform = all((c == f).all() for c, f in zip((one, two), first, strict=True))
-            if uniform and np.array_equal(first[0], first[1]):
-                return examples(scaled[0])
-        return mixed("a constant array shaped by the batch, different for each example")
 
     def _equation(self, eqns: tuple[Any, Any], env: dict, twin: dict, outer: str) -> list[Value]:
         one, two = eqns
@@ -166,7 +132,7 @@ class Walk:
         rule = _ALL_RULES.get(op.name)
         if (bad := _first_mixed(ins)) and not (op.name == "select_n" and ins[0].kind is Kind.NEVER):
             return [bad] * count
-        changed = _changed_params(one.params, two.params)
+        changed = changed_params(one.params, two.params)
         if changed:
             return [op.mixed(f"`{op.name}` has {changed} that depends on the batch size")] * count
         if one.effects:
@@ -234,12 +200,6 @@ class Walk:
         return outs
 
 
-def _to_numpy(array: Any) -> np.ndarray:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    return np.asarray(array)
-
-
 def _first_mixed(values: list[Value]) -> Value | None:
     return next((v for v in values if v.kind is Kind.MIXED), None)
 
@@ -251,20 +211,3 @@ def _shifted(v: Value, by: int) -> Value:
     if v.dim + by < 0:
         return mixed("a loop over the batch")
     return Value(v.kind, v.dim + by) if v.per_example else mixed("an arange over the batch")
-
-
-def _changed_params(one: dict[str, Any], two: dict[str, Any]) -> str:
-    for name, value in one.items():
-        if name not in _SHAPE_PARAMS and not _equal(value, two.get(name)):
-            return f"a parameter `{name}`"
-    return ""
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b or (callable(a) and callable(b)):
-        return True
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
-        return True
-    return bool(a == b) or (hasattr(a, "eqns") and str(a) == str(b))

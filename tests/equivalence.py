@@ -27,13 +27,22 @@ class Outcome:
     variables: dict[str, np.ndarray]
 
 
-def one_step(case: Case, strategy: st.Strategy, devices: Any = None) -> Outcome:
-    """One step of a zoo model under a strategy."""
+def starting_point(case: Case, devices: Any) -> Any:
+    """Initial values of a zoo model, drawn once, on one device."""
+    strategy = st.Strategy(equal_microbatches=case.scalar)
+    batch = case.batch(ROWS, 0)
+    plan = st.plan(case.make(), case.loss, KEEP_GRADIENT, batch, strategy, devices=devices[:1])
+    made = plan.model(plan.init(0))
+    return made[1] if plan.form.kind == "linen" else made
+
+
+def one_step(case: Case, strategy: st.Strategy, devices: Any, start: Any = None) -> Outcome:
+    """One step of a zoo model under a strategy, from `start` or from its own initial values."""
     batch = case.batch(ROWS, 0)
     if case.scalar:
         strategy = strategy.replace(equal_microbatches=True)
     plan = st.plan(case.make(), case.loss, KEEP_GRADIENT, batch, strategy, devices=devices)
-    state, metrics = plan.step(plan.init(0), batch)
+    state, metrics = plan.step(plan.init(0, variables=start), batch)
     values = {name: float(value) for name, value in metrics.items()}
     assert plan.trace_counts["step"] == 1
     arrays = lambda tree: {p: _numpy(x) for p, x in leaves_by_path(tree).items()}

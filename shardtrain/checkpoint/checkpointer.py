@@ -115,14 +115,14 @@ class Checkpointer:
         named = leaves.named_leaves(self._to_checkpoint(state))
         infos = leaves.describe(named)
         self._prepare(infos)
-        hashes = fingerprint(named)
-        if not self._already_saved(step, hashes):
+        if not self._already_saved(step, named):
             run_directory.make_room(self.directory, step, self._warn)
             header = commit.header_of(
                 step, infos, self._abstract(), self._described(), _json(extra or {})
             )
             path = steps.step_path(self.directory, step)
             handle = store.save_async(path, leaves.to_arrays(named), self._timeout)
+            hashes = fingerprint(named)  # after the copy, so that it competes with the write only
             copied = time.monotonic() - started
             thread = concurrent.futures.ThreadPoolExecutor(1, "shardtrain-checkpoint")
             future = thread.submit(self._finish, handle, header, hashes, copied)
@@ -143,13 +143,12 @@ class Checkpointer:
         run_directory.sweep(self.directory)
         self._prepared = True
 
-    def _already_saved(self, step: int, hashes: Mapping[str, Any]) -> bool:
+    def _already_saved(self, step: int, named: Mapping[str, Any]) -> bool:
         path = steps.step_path(self.directory, step)
-        same = False
-        if manifest.is_complete(path):
-            same = manifest.read_header(path).fingerprints == as_text(hashes)
-            same = same and not manifest.problems(path)
-        if same := agreement.all_agree(same):
+        if not agreement.all_agree(manifest.is_complete(path)):
+            return False
+        same = manifest.read_header(path).fingerprints == as_text(fingerprint(named))
+        if same := agreement.all_agree(same and not manifest.problems(path)):
             self._report(f"checkpoint {step} is already there, with the same values")
         return same
 

@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from shardtrain.cli import COMMANDS, main
 from shardtrain.cli.train import devices as train_devices
 from shardtrain.cli.train.devices import choose_devices, default_strategy
 from shardtrain.cli.train.directory import choose_directory, claim, write_settings
+from shardtrain.cli.train.sizes import model_size
+from shardtrain.cli.train.text import eval_loader, load_text
+from shardtrain.data import TokenDataset
 from shardtrain.errors import CheckpointError, StrategyError
 
 TINY = ["train", "--model", "tiny", "--batch", "8", "--sequence", "32", "--sample", "20"]
@@ -248,6 +253,35 @@ def test_claim(tmp_path):
         claim(other, {}, ())
     with pytest.raises(CheckpointError, match="is not a directory"):
         claim(other / "cat.jpg", {}, ())
+
+
+def test_text_with_a_tokenizer_file_counts_bytes_per_token(text, tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = tokenizers.trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False)
+    tokenizer.train([str(text)], words)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = load_text([text], tmp_path / "tokenizer.json")
+    assert found.tokenizer.vocab_size == 9  # eight different words, and ?
+    assert found.bytes_per_token == pytest.approx(44 / 9, rel=1e-3)
+    assert len(found.train) + len(found.held_out) == 9 * 400
+    assert found.description.endswith("3,424 tokens to train on, 176 held out")
+    assert found.name == "poem"
+
+
+def test_vocabulary_is_rounded_up_so_that_it_divides():
+    assert model_size("tiny", 257).config.vocab_size == 384
+    assert model_size("small", 256).config.vocab_size == 256
+
+
+def test_held_out_windows_are_spread_over_the_text(text):
+    found = load_text([text], None)
+    loader = eval_loader(found, sequence=16, batch=4, num_batches=2)
+    rows = np.concatenate([batch["tokens"] for batch, _ in loader.eval_batches()])
+    windows = TokenDataset(found.held_out, 16)
+    assert rows.shape == (8, 16)
+    np.testing.assert_array_equal(rows[0], windows[0]["tokens"])
+    np.testing.assert_array_equal(rows[-1], windows[len(windows) - 1]["tokens"])
 
 
 # ---------------------------------------------------------------- whole runs

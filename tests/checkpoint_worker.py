@@ -105,6 +105,12 @@ def save_and_restore(index, mesh, old_run, new_run, seen):
         seen["at the end"] = checkpointer.steps()
 
 
+def not_shared(index, mesh, directory, seen):
+    """Every process writes to a directory of its own, as with `/tmp` on two hosts."""
+    checkpointer = Checkpointer(directory / f"split-{index}", Plan(abstract(placed(0, mesh))))
+    seen["not shared"] = message(lambda: checkpointer.save(placed(1, mesh)))
+
+
 def remember(index, mesh, directory, seen):
     """Snapshots in memory; each process has a directory of its own, as on two hosts."""
     snapshots = MemorySnapshot(directory / f"host-{index}", Plan(abstract(placed(0, mesh))))
@@ -174,6 +180,7 @@ def main(index, port, old_run, new_run):
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"))
     seen = {}
     save_and_restore(index, mesh, old_run, new_run, seen)
+    not_shared(index, mesh, Path(new_run).parent, seen)
     remember(index, mesh, Path(new_run).parent, seen)
     watch(index, mesh, seen)
     feed(index, mesh, seen)

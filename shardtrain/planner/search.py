@@ -14,6 +14,7 @@ from shardtrain.errors import StrategyError
 from shardtrain.hardware import Hardware, hardware
 from shardtrain.planner.calibration import constants
 from shardtrain.planner.catalogue import Model, get
+from shardtrain.planner.job import Job
 from shardtrain.planner.memory import Memory, job_memory
 from shardtrain.planner.search_space import Space, invalid, jobs
 from shardtrain.planner.time import step_terms
@@ -131,7 +132,7 @@ def search_layouts(
         memory = job_memory(job)
         room = USABLE * machine.chip.memory
         if memory.total > room:
-            pruned.append(_too_big(options, memory, room))
+            pruned.append(_too_big(job, options, memory, room))
             continue
         terms = step_terms(job, constants())
         step = sum(terms.values())
@@ -150,10 +151,15 @@ def search_layouts(
     return Layouts(machine, explained, tuple(pruned), nearest, advice)
 
 
-def _too_big(options: dict[str, Any], memory: Memory, room: float) -> Pruned:
+def _too_big(job: Job, options: dict[str, Any], memory: Memory, room: float) -> Pruned:
+    """The reason with the largest classes and the one change that saves most."""
     top = sorted(memory.classes().items(), key=lambda pair: -pair[1])[:2]
     largest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in top)
-    reason = f"needs {memory.total / 1e9:.1f} GB, device has {room / 1e9:.1f} usable ({largest})"
+    changes = {"remat=full": job.replace(remat="full"), "offload=true": job.replace(offload=True)}
+    saved = {name: memory.total - job_memory(other).total for name, other in changes.items()}
+    name = max(saved, key=lambda key: saved[key])
+    remedy = f"; {name} saves {saved[name] / 1e9:.1f}" if saved[name] > 0 else ""
+    reason = f"needs {memory.total / 1e9:.1f} GB, device has {room / 1e9:.1f} ({largest}){remedy}"
     return Pruned(options, reason, memory.total - room)
 
 
@@ -179,15 +185,23 @@ def _advice(
     if nearest is None:
         return "no combination of axis sizes is valid; see the reasons of the pruned layouts"
     told = f"the closest layout {nearest.reason}"
-    if machine.chip.kind == "gpu":
-        for more in (2, 4, 8, 16, 32, 64):
-            grown = Hardware(machine.chip, (machine.topology[0] * more, *machine.topology[1:]))
-            if any(_fits(model, grown, global_batch, sequence, space)):
-                return f"{told}; {grown} has a layout that fits"
+    grown = machine
+    for _ in range(6 if machine.chip.kind != "cpu" else 0):
+        grown = _doubled(grown)
+        if any(_fits(model, grown, global_batch, sequence, space)):
+            return f"{told}; {grown} has a layout that fits"
     for shorter in (sequence // 2, sequence // 4, sequence // 8):
         if any(_fits(model, machine, global_batch, shorter, space)):
             return f"{told}; a sequence of {shorter} has a layout that fits"
     return f"{told}; use chips with more memory"
+
+
+def _doubled(machine: Hardware) -> Hardware:
+    """Twice the hosts, or a TPU slice twice as long in its shortest dim."""
+    sizes = list(machine.topology)
+    where = sizes.index(min(sizes)) if machine.chip.kind == "tpu" else 0
+    sizes[where] *= 2
+    return Hardware(machine.chip, tuple(sizes))
 
 
 def _fits(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.extend.core as jex
 
+from shardtrain.compat import scan_counts
 from shardtrain.pipeline.antiunify import anti_unify
 from shardtrain.pipeline.jaxprs import Program, casts, depends, is_literal, type_of, variables
 from shardtrain.pipeline.markers import BlockGroup
@@ -174,7 +175,7 @@ def from_scan(program: Program, params: set[jex.Var], num_chunks: int) -> BlockS
     whole = casts(program.eqns, params)
     for eqn in program.eqns:
         if eqn.primitive.name == "scan":
-            skip = eqn.params["num_consts"] + eqn.params["num_carry"]
+            skip = sum(scan_counts(eqn.params))
             stacked = [v for v in variables(eqn.invars[skip:]) if whole.get(v, v) in params]
             scans.append((sum(type_of(v).size for v in stacked), len(scans), eqn))
     weight, _, eqn = max(scans, default=(0, 0, None), key=lambda s: s[:2])
@@ -185,7 +186,7 @@ def from_scan(program: Program, params: set[jex.Var], num_chunks: int) -> BlockS
         return "the scan over the layers runs in reverse"
     if count % num_chunks:
         return f"{count} scanned layers are not divisible by {num_chunks} stages"
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = scan_counts(eqn.params)
     body, ins = closed.jaxpr, eqn.invars
     inner = body.invars
     slots: dict[jex.Var, Any] = {

@@ -21,6 +21,7 @@ import jax
 import jax.extend.core as jex
 from jax import lax
 
+from shardtrain.compat import scan_counts
 from shardtrain.errors import CompilerBugError
 from shardtrain.partitioning.infer.source import source_line
 from shardtrain.plan.kernel_gradient import kernel_gradient
@@ -170,12 +171,13 @@ def _replay_remat(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
 
 def _replay_scan(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
     p = eqn.params
-    body, first = _as_function(p["jaxpr"]), p["num_consts"]
-    last = first + p["num_carry"]
+    body = _as_function(p["jaxpr"])
+    first, carried = scan_counts(p)
+    last = first + carried
 
     def step(carry: Any, xs: Any) -> Any:
         out = body(*ins[:first], *carry, *xs)
-        return out[: p["num_carry"]], out[p["num_carry"] :]
+        return out[:carried], out[carried:]
 
     options = {name: p[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(step, ins[first:last], ins[last:], **options)

@@ -1,11 +1,13 @@
 """Walks two traces of one function side by side for `batch_independence`."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jax.extend.core import Literal
 
+from shardtrain.compat import scan_counts
 from shardtrain.partitioning.infer.batch_compare import changed_params, constant, number
 from shardtrain.partitioning.infer.batch_contract import CONTRACT_RULES, gather
 from shardtrain.partitioning.infer.batch_rules import POSITION_RULES, RULES
@@ -161,8 +163,8 @@ class Walk:
         p, p2 = (e.params for e in eqns)
         if p["length"] != p2["length"]:
             return [mixed("a loop over the batch", source)] * len(eqns[0].outvars)
-        split = p["num_consts"], p["num_consts"] + p["num_carry"]
-        consts, carry, xs = ins[: split[0]], ins[split[0] : split[1]], ins[split[1] :]
+        first, last = itertools.accumulate(scan_counts(p))
+        consts, carry, xs = ins[:first], ins[first:last], ins[last:]
         xs = [_shifted(v, -1) for v in xs]
         pair = (p["jaxpr"], p2["jaxpr"])
         while True:

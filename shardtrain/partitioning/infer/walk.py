@@ -1,5 +1,6 @@
 """Interprets a jaxpr over dims: control flow, calls, and the bookkeeping of partial sums."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from shardtrain.compat import scan_counts
 from shardtrain.partitioning.infer.dim_graph import DimGraph, Dims, Opaque, Partial, Site, nbytes
 from shardtrain.partitioning.infer.primitive_names import CALLS, body_of
 from shardtrain.partitioning.infer.primitives_contract import CONTRACT_RULES
@@ -106,7 +108,7 @@ class Walk:
 
     def _scan(self, site: Site, args: list[Traced]) -> list[Traced]:
         p = site.params
-        first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
+        first, last = itertools.accumulate(scan_counts(p))
         carry, xs = args[first:last], args[last:]
         length = self.graph.atoms.fresh(p["length"])
         for x in xs:

@@ -14,7 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,27 +31,11 @@ from shardtrain.checkpoint import (
 )
 from shardtrain.checkpoint.describe import describe_mesh, human_bytes, mesh_of, reason
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
+from shardtrain.checkpoint.header import Header
+from shardtrain.checkpoint.protocol import CheckpointPlan
 from shardtrain.errors import CheckpointError
 
 _LOG = logging.getLogger("shardtrain.checkpoint")
-
-
-class CheckpointPlan(Protocol):
-    """What a `Checkpointer` needs of a plan.
-
-    A plan that stores arrays otherwise than they should lie on disk (stages stacked, dims padded)
-    may also have `to_checkpoint(state) -> tree`, `from_checkpoint(tree) -> state` and
-    `abstract_checkpoint`, the abstract tree of that form with shardings.
-    """
-
-    @property
-    def abstract_state(self) -> Any:
-        """The state as `jax.ShapeDtypeStruct`s with the current shardings."""
-        ...
-
-    def describe(self) -> Mapping[str, Any]:
-        """JSON for the metadata: strategy, model name."""
-        ...
 
 
 class Checkpointer:
@@ -153,7 +137,7 @@ class Checkpointer:
         return same
 
     def _finish(
-        self, handle: store.PendingSave, header: manifest.Header, hashes: Any, copied: float
+        self, handle: store.PendingSave, header: Header, hashes: Any, copied: float
     ) -> None:
         started = time.monotonic()
         path = steps.step_path(self.directory, header.step)

@@ -13,6 +13,7 @@ import jax
 from shardtrain.checkpoint import manifest, store
 from shardtrain.checkpoint.describe import mesh_of
 from shardtrain.checkpoint.fingerprint import as_text
+from shardtrain.checkpoint.header import Header
 from shardtrain.checkpoint.leaves import LeafInfo
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -24,10 +25,10 @@ def header_of(
     abstract: Any,
     plan: Mapping[str, Any],
     extra: Mapping[str, Any],
-) -> manifest.Header:
+) -> Header:
     """The description of a step, but for the fingerprints, which are still being computed."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
-    return manifest.Header(
+    return Header(
         step=step,
         leaves=dict(infos),
         fingerprints={},
@@ -42,7 +43,7 @@ def header_of(
 def finish(
     handle: store.PendingSave,
     path: Path,
-    header: manifest.Header,
+    header: Header,
     hashes: Mapping[str, Any],
     timeout: float,
 ) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shardtrain.checkpoint import manifest, portable, steps
+from shardtrain.checkpoint.header import Header
 from shardtrain.checkpoint.leaves import LeafInfo
 from shardtrain.errors import CheckpointError
 
@@ -58,9 +59,7 @@ def export(
     return target
 
 
-def _write_header(
-    out: BinaryIO, header: manifest.Header, names: list[str], only: str | None
-) -> None:
+def _write_header(out: BinaryIO, header: Header, names: list[str], only: str | None) -> None:
     metadata = {"format": "np", "step": str(header.step), "producer": "shardtrain"}
     entries: dict[str, object] = {"__metadata__": metadata}
     offset = 0

@@ -9,6 +9,7 @@ import jax
 from shardtrain.checkpoint import agreement, leaves, manifest, store
 from shardtrain.checkpoint.compare import require_same
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
+from shardtrain.checkpoint.header import Header
 from shardtrain.errors import CheckpointError
 
 
@@ -48,9 +49,7 @@ def _agreed(mine: list[str], others: str) -> list[str]:
     return [] if agreement.all_agree(not mine) else mine or [others]
 
 
-def _load(
-    path: Path, wanted: Mapping[str, Any], header: manifest.Header
-) -> tuple[list[Any], list[str]]:
+def _load(path: Path, wanted: Mapping[str, Any], header: Header) -> tuple[list[Any], list[str]]:
     """The leaves, or what the array store found damaged although the checksums matched."""
     try:
         arrays = store.load(path, leaves.to_targets(wanted, header.leaves))
@@ -62,7 +61,7 @@ def _load(
     return leaves.from_arrays(arrays, wanted, header.leaves), []
 
 
-def _changed(restored: list[Any], wanted: Mapping[str, Any], header: manifest.Header) -> list[str]:
+def _changed(restored: list[Any], wanted: Mapping[str, Any], header: Header) -> list[str]:
     """Leaves whose values are not those that were saved."""
     now = as_text(fingerprint(dict(zip(wanted, restored, strict=True))))
     return [

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from shardtrain.checkpoint import agreement, leaves, ring, steps
-from shardtrain.checkpoint.checkpointer import CheckpointPlan
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
+from shardtrain.checkpoint.protocol import CheckpointPlan
 from shardtrain.errors import CheckpointError
 
 _OWN, _PEER = "own", "peer"

@@ -14,6 +14,7 @@ from rich.table import Table
 from shardtrain.checkpoint import leaves, manifest, steps, store
 from shardtrain.checkpoint.describe import describe_mesh, human_bytes
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
+from shardtrain.checkpoint.header import Header
 from shardtrain.errors import CheckpointError, suggest
 
 
@@ -57,7 +58,7 @@ def verified_step(path: str | os.PathLike[str], step: int | None = None) -> Path
     return directory
 
 
-def select(header: manifest.Header, only: str | None) -> list[str]:
+def select(header: Header, only: str | None) -> list[str]:
     """Names equal to `only` or below it; all for None."""
     if only is None:
         return list(header.leaves)
@@ -72,7 +73,7 @@ def select(header: manifest.Header, only: str | None) -> list[str]:
 
 
 def read_leaves(
-    directory: Path, header: manifest.Header, names: list[str]
+    directory: Path, header: Header, names: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Read leaves one by one, each compared with its fingerprint: host memory of one leaf."""
     for name in names:
@@ -124,7 +125,7 @@ class Inspection:
 
     directory: Path
     steps: list[int]
-    header: manifest.Header
+    header: Header
     file_bytes: int
     problems: list[str]
 

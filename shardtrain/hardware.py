@@ -20,6 +20,7 @@ TFLOP = 1e12
 
 _DATASHEET = "NVIDIA {} datasheet, dense rates"
 _MAMF = "matmul: stas00/ml-engineering compute/accelerator (maximum achievable matmul FLOP/s)"
+_ASSUMED = "matmul: an assumed share of the peak"
 _BOOK = "jax-ml/scaling-book, 'How to think about TPUs'; cloud.google.com/tpu/docs"
 _TPU_MATMUL = "matmul: 0.9 of peak, typical of large XLA matmuls"
 
@@ -125,8 +126,31 @@ _CHIPS = (
          f"{_DATASHEET.format('GB200 NVL72')}; {_MAMF}; ConnectX-7 400 Gb/s per GPU"),
     _gpu("gb300", 279, 80, 2500, 5000, 15000, 0.786, 0.745, 8000, 900, 100, 350, 72,
          f"{_DATASHEET.format('GB300 NVL72')}; {_MAMF} (B300's); ConnectX-8 800 Gb/s per GPU"),
+    _gpu("a800", 80, 19.5, 312, 0, 0, 0.869, 0.869, 2039, 200, 25, 25, 8,
+         f"A100 with NVLink cut to 400 GB/s (NVIDIA A800 datasheet); {_MAMF} (A100's)"),
+    _gpu("h800", 80, 67, 989.4, 1978.9, 0, 0.803, 0.709, 3350, 200, 50, 55, 8,
+         f"H100 with NVLink cut to 400 GB/s (NVIDIA H800; arXiv:2412.19437 3.1); {_MAMF} (H100's)"),
+    _gpu("h20", 96, 44, 148, 296, 0, 0.9, 0.9, 4000, 450, 50, 55, 8,
+         f"NVIDIA H20 datasheet, dense rates; {_ASSUMED}"),
+    _gpu("l40s", 48, 91.6, 362, 733, 0, 0.65, 0.65, 864, 28, 25, 28, 8,
+         f"{_DATASHEET.format('L40S')}, PCIe only; {_ASSUMED}"),
+    _gpu("mi250x", 128, 95.7, 383, 0, 0, 0.6, 0.6, 3277, 250, 25, 25, 8,
+         f"AMD Instinct MI250X datasheet (whole module, two dies); {_ASSUMED}"),
+    _gpu("mi300x", 192, 163.4, 1307.4, 2614.9, 0, 0.55, 0.5, 5300, 448, 50, 55, 8,
+         f"AMD Instinct MI300X datasheet, dense rates; {_ASSUMED}"),
+    _gpu("mi325x", 256, 163.4, 1307.4, 2614.9, 0, 0.6, 0.55, 6000, 448, 50, 55, 8,
+         f"AMD Instinct MI325X datasheet, dense rates; {_ASSUMED}"),
+    _gpu("mi355x", 288, 157.3, 2516.6, 5033.2, 10066.3, 0.6, 0.55, 8000, 538, 50, 55, 8,
+         f"AMD Instinct MI355X datasheet, dense rates; {_ASSUMED}"),
+    _gpu("gaudi2", 96, 11, 432, 865, 0, 0.8, 0.7, 2450, 262, 37.5, 25, 8,
+         f"Intel Gaudi 2 white paper, 24x100 Gb/s Ethernet; {_ASSUMED}"),
+    _gpu("gaudi3", 128, 14.3, 1835, 1835, 0, 0.7, 0.7, 3700, 525, 75, 55, 8,
+         f"Intel Gaudi 3 white paper, 24x200 Gb/s Ethernet; {_ASSUMED}"),
+    _gpu("trainium", 32, 47.5, 190, 190, 0, 0.7, 0.7, 820, 192, 12.5, 12, 16,
+         f"AWS Trainium product page; {_ASSUMED}"),
     _gpu("trainium2", 96, 181, 667, 1299, 0, 0.7, 0.7, 2900, 320, 25, 25, 64,
          "AWS Trainium2 product page: 667 bf16 TFLOP/s, 96 GB at 2.9 TB/s, NeuronLink 1.28 TB/s"),
+    _tpu("v2", 16, 46, 0, "int8", 700, 62, 2, 3.1, 12, 4),
     _tpu("v3", 32, 123, 0, "int8", 900, 70, 2, 6.25, 16, 4),
     _tpu("v4", 32, 275, 275, "int8", 1200, 45, 3, 6.25, 16, 4),
     _tpu("v5e", 16, 197, 394, "int8", 820, 45, 2, 6.25, 16, 4),
@@ -140,8 +164,9 @@ _CHIPS = (
 CHIPS = {chip.name: chip for chip in _CHIPS}
 
 _ALIASES = {
-    "tpuv3": "v3", "tpuv4": "v4", "tpuv5e": "v5e", "tpuv5p": "v5p", "tpuv6e": "v6e",
-    "v5litepod": "v5e", "trillium": "v6e", "ironwood": "tpu7x", "v7x": "tpu7x",
+    "tpuv2": "v2", "tpuv3": "v3", "tpuv4": "v4", "tpuv5e": "v5e", "tpuv5p": "v5p", "tpuv6e": "v6e",
+    "v5litepod": "v5e", "trillium": "v6e", "ironwood": "tpu7x", "v7x": "tpu7x", "tpuv7x": "tpu7x",
+    "tpuv7": "tpu7x", "trainium1": "trainium", "trn1": "trainium", "trn2": "trainium2", "h100sxm": "h100",
     "a100-80gb": "a100", "h100-80gb": "h100", "a10040gb": "a100-40gb",
 }  # fmt: skip
 

@@ -102,6 +102,15 @@ def test_unknown_software_is_less_certain():
     assert unknown.step_time == pytest.approx(known.step_time, rel=0.5)
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("NVIDIA H200 SXM", "h200"), ("GB200 NVL72", "gb200"), ("A100-SXM4-80GB", "a100"),
+     ("TPUv5e", "v5e"), ("TPU7x", "tpu7x"), ("AMD MI300X", "mi300x"), ("H20", "h20")],
+)  # fmt: skip
+def test_chip_names_as_sources_write_them(written, name):
+    assert read_point(changed("hardware.chip", written)).job.chip.name == name
+
+
 def test_unknown_chip_names_the_nearest():
     with pytest.raises(HardwareError, match="did you mean 'h100'"):
         predict_point(changed("hardware.chip", "H10"))

@@ -42,6 +42,10 @@ def read_chip(record: Mapping[str, Any]) -> Chip:
     label = f"{record.get('source') or ''} {record.get('id') or ''}".lower()
     if name.lower() == "a100" and ("a100 40gb" in label or "a100_40gb" in label):
         name = "a100-40gb"
+    key = re.sub(r"[^a-z0-9]", "", name.lower())
+    inside = [known for known in CHIPS if len(known) > 2 and known in key]  # "NVIDIA H200 SXM"
+    if key not in CHIPS and inside and not key.startswith("tpu") and "40gb" not in key:
+        name = max(inside, key=len)
     return chip(name)
 
 

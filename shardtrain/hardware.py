@@ -166,8 +166,8 @@ CHIPS = {chip.name: chip for chip in _CHIPS}
 _ALIASES = {
     "tpuv2": "v2", "tpuv3": "v3", "tpuv4": "v4", "tpuv5e": "v5e", "tpuv5p": "v5p", "tpuv6e": "v6e",
     "v5litepod": "v5e", "trillium": "v6e", "ironwood": "tpu7x", "v7x": "tpu7x", "tpuv7x": "tpu7x",
-    "tpuv7": "tpu7x", "trainium1": "trainium", "trn1": "trainium", "trn2": "trainium2", "h100sxm": "h100",
-    "a100-80gb": "a100", "h100-80gb": "h100", "a10040gb": "a100-40gb",
+    "tpuv7": "tpu7x", "trainium1": "trainium", "trn1": "trainium", "trn2": "trainium2",
+    "h100sxm": "h100", "a100-80gb": "a100", "h100-80gb": "h100", "a10040gb": "a100-40gb",
 }  # fmt: skip
 
 

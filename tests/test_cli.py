@@ -243,6 +243,9 @@ def test_claim(tmp_path):
     assert claim(base, {"model": "a", "steps": 2}, ("steps",)) is True
     with pytest.raises(CheckpointError, match="steps: 1 there, 2 now"):
         claim(base, {"model": "a", "steps": 2}, ())
+    write_settings(base, {"model": "a", "config": {"layers": 2, "width": 8}})
+    with pytest.raises(CheckpointError, match=r"run:\n  config\.layers: 2 there, 3 now\nGive"):
+        claim(base, {"model": "a", "config": {"layers": 3, "width": 8}}, ())
     (base / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
         claim(base, {"model": "a"}, ())

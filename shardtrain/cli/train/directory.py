@@ -48,7 +48,7 @@ def claim(directory: Path, settings: Mapping[str, Any], may_change: tuple[str, .
         saved = json.loads(file.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is damaged: {error}. Use another --out.") from error
-    now = json.loads(json.dumps(settings))
+    saved, now = _flat(saved), _flat(json.loads(json.dumps(settings)))
     changed = [
         f"  {name}: {saved.get(name)} there, {now[name]} now"
         for name in now
@@ -68,6 +68,17 @@ def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     fresh = directory / (SETTINGS + ".new")
     fresh.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     os.replace(fresh, directory / SETTINGS)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as `outer.inner: value`, so that a difference names what differs."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _contents(directory: Path) -> str:

@@ -101,10 +101,9 @@ def split_text(spec: Any, rank: int) -> str:
 
 def print_sample(console: Console, prompt: str, sample: str) -> None:
     """The prompt and what the model made of it."""
-    console.rule("[bold]sample[/] [dim](dim: the prompt)", align="left", style="dim")
-    text = RichText(_printable(prompt), style="dim")
-    text.append(_printable(sample), style="not dim")
-    console.print(text)
+    for title, text in (("prompt", prompt), ("what the model makes of it", sample)):
+        console.rule(f"[bold]{title}", align="left", style="dim")
+        console.print(RichText(_printable(text)))
     console.rule(style="dim")
 
 

@@ -51,6 +51,7 @@ class ConsoleProgress(Callback):
                 console=self.console,
                 transient=True,
                 expand=True,
+                refresh_per_second=4,
             )
             self._task = self._bar.add_task(
                 _FIRST_STEP, total=run.num_steps, completed=run.first_step

@@ -158,6 +158,6 @@ def _update(job: Job, c: Constants) -> tuple[float, float]:
     if job.offload:
         host = state * 28 / 18e9  # host Adam streams 28 bytes per parameter, 8 chips share it
         copies = state * 6 / job.chip.host_bandwidth
-        return 0.0, host + copies
+        return 0.0, host + copies + 2e-3
     moved = 4 * c.state_passes * state + 4 * local * (1 if job.fsdp <= 1 else 0)
     return moved / job.chip.memory_bandwidth + 2e-3, 0.0

@@ -81,15 +81,16 @@ class LinenModel(nn.Module):
 
 
 class NnxBlock(nnx.Module):
-    def __init__(self, rngs, norm=False):
+    def __init__(self, rngs, norm=False, rate=0.1):
         # A bias before a BatchNorm has no gradient: only rounding noise to compare.
         self.linear = nnx.Linear(WIDTH, WIDTH, use_bias=not norm, rngs=rngs)
         self.norm = nnx.BatchNorm(WIDTH, rngs=rngs) if norm else None
-        self.dropout = None if norm else nnx.Dropout(0.1, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs) if rate and not norm else None
 
     def __call__(self, x, mask):
         h = self.linear(x)
-        h = self.dropout(h) if self.norm is None else self.norm(h)
+        h = h if self.norm is None else self.norm(h)
+        h = h if self.dropout is None else self.dropout(h)
         return x + jax.nn.gelu(h) * mask[:, :, None]
 
 
@@ -117,7 +118,8 @@ class NnxModel(nnx.Module):
         elif mode.startswith("aux"):
             self.blocks = nnx.List([AuxBlock(rngs) for _ in range(layers)])
         else:
-            self.blocks = nnx.List([NnxBlock(rngs, mode == "norm") for _ in range(layers)])
+            rate = 0.0 if mode == "dry" else 0.1
+            self.blocks = nnx.List([NnxBlock(rngs, mode == "norm", rate) for _ in range(layers)])
 
     def __call__(self, tokens):
         x, mask = self.embed(tokens), (tokens > 0).astype(jnp.float32)

@@ -18,8 +18,9 @@ from shardtrain.pipeline.stages import (
     stage_major_specs,
     to_stage_major,
 )
+from shardtrain.planner.collectives import collectives_of
 from shardtrain.pytree import leaves_by_path
-from shardtrain.train import over_microbatches, value_and_grad
+from shardtrain.train import over_microbatches, per_replica, sum_replicas, value_and_grad
 
 AXES = ("data", "fsdp", "pipeline", "tensor")
 
@@ -147,6 +148,36 @@ def test_1f1b_needs_the_same_memory_for_any_number_of_microbatches(devices):
         temp[schedule, count] = memory.temp_size_in_bytes - tokens
     assert temp["1f1b", 64] < 1.02 * temp["1f1b", 8]
     assert temp["gpipe", 64] > 2 * temp["gpipe", 8]
+
+
+def test_gradients_can_be_reduced_once_per_step(devices):
+    """Mapped over replicas, the loop only adds up: they meet after it."""
+    model = lambda rngs: NnxModel(rngs, "dry")
+    run = Pipelined(model, "1f1b", {"pipeline": 2}, rows=8)  # one replica's share of the batch
+    whole = Pipelined(model, "1f1b", {"pipeline": 2}, rows=16)
+    mesh = make_mesh(data=2, pipeline=2)
+    grad = make_pipeline_grad(run.model, run.schedule, mesh, run.layout, batch_axes=("fsdp",))
+    once = sum_replicas(per_replica(grad, 2, ("data",)), lambda grads: grads)
+    params, variables = to_stage_major(run.params, run.layout), run.variables
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    variables = to_stage_major(variables, run.state_layout)
+    batch = jax.device_put(make_batch(16), NamedSharding(mesh, PartitionSpec("data")))
+    args = (params, variables, batch, jax.random.key(3))
+    found = jax.jit(once)(*args)
+    one = over_microbatches(value_and_grad(run.make_loss(loss)), 4, lambda grads: grads)
+    expected = [
+        jax.jit(one)(run.params, run.variables, half, jax.random.key(3))
+        for half in (jax.tree.map(lambda x: x[:8], batch), jax.tree.map(lambda x: x[8:], batch))
+    ]
+    total = jax.tree.map(jnp.add, expected[0].grads, expected[1].grads)
+    assert_equal(from_stage_major(found.grads, run.layout), total, "gradient of")
+    plain = make_pipeline_grad(whole.model, whole.schedule, mesh, whole.layout)
+    reductions = {}
+    for name, program in (("once", once), ("per tick", plain)):
+        compiled = jax.jit(program).lower(*args).compile()
+        found = [c for c in collectives_of(compiled, mesh) if c.axes == ("data",)]
+        reductions[name] = sum(c.count * c.bytes for c in found)
+    assert reductions["per tick"] > 3 * reductions["once"] > 0
 
 
 def test_sizes_that_do_not_fit_are_refused(devices):

@@ -229,9 +229,16 @@ def test_exact_bubbles_and_identity():
     assert make_schedule("1f1b", 1, 4).bubble_fraction == 0.0
 
 
-PURE = (
-    "draw mpmd orders schedule_csv schedule_table schedules tasks validate".split()
-)  # of shardtrain.pipeline
+PURE = [
+    "draw",
+    "mpmd",
+    "orders",
+    "schedule_csv",
+    "schedule_table",
+    "schedules",
+    "tasks",
+    "validate",
+]  # of shardtrain.pipeline
 
 
 @pytest.mark.parametrize("module", PURE)

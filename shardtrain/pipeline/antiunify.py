@@ -132,7 +132,8 @@ def same_param(a: Any, b: Any) -> bool:
     if isinstance(a, jex.ClosedJaxpr) and isinstance(b, jex.ClosedJaxpr):
         consts = zip(a.consts, b.consts, strict=False)
         same = len(a.consts) == len(b.consts) and all(same_value(x, y) for x, y in consts)
-        return same and same_param(a.jaxpr, b.jaxpr)
+        # jax 0.12 has one class for both: `.jaxpr` of a jaxpr is itself.
+        return same and _same_jaxpr(a.jaxpr, b.jaxpr)
     if isinstance(a, jex.Jaxpr) and isinstance(b, jex.Jaxpr):
         return _same_jaxpr(a, b)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):

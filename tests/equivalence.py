@@ -39,8 +39,8 @@ def starting_point(case: Case, devices: Any) -> Any:
 def one_step(case: Case, strategy: st.Strategy, devices: Any, start: Any = None) -> Outcome:
     """One step of a zoo model under a strategy, from `start` or from its own initial values."""
     batch = case.batch(ROWS, 0)
-    if case.scalar:
-        strategy = strategy.replace(equal_microbatches=True)
+    # Numbers are compared here, not layouts: what no axis divides may stay whole.
+    strategy = strategy.replace(allow_replicated="**", equal_microbatches=case.scalar)
     plan = st.plan(case.make(), case.loss, KEEP_GRADIENT, batch, strategy, devices=devices)
     state, metrics = plan.step(plan.init(0, variables=start), batch)
     values = {name: float(value) for name, value in metrics.items()}

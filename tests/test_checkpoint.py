@@ -1,6 +1,8 @@
 """Checkpointer: what is saved comes back bit for bit on any mesh; what does not fit is refused."""
 
 import asyncio
+import concurrent.futures
+import gc
 import logging
 import os
 import subprocess
@@ -25,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as hst
 
 import shardtrain
-from shardtrain.checkpoint import Checkpointer
+from shardtrain.checkpoint import Checkpointer, commit
 from shardtrain.checkpoint import leaves as leaves_module
 from shardtrain.errors import CheckpointError, RestoreMismatch
 
@@ -247,6 +249,20 @@ def test_a_closed_checkpointer_can_go_on(tmp_path):
     assert checkpointer.steps() == [1, 2]
 
 
+def test_a_failed_save_of_a_dropped_checkpointer_is_seen(tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(commit, "finish", fail)
+    state, plan = small(1)
+    checkpointer = Checkpointer(tmp_path, plan).__enter__()
+    checkpointer.save(state)
+    concurrent.futures.wait([checkpointer._pending[1]])
+    del checkpointer
+    gc.collect()
+    assert "shardtrain: saving step 1 failed: the disk is full" in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------- what does not fit
 
 
@@ -365,7 +381,7 @@ SCRIPT = """
     jax.config.update("jax_num_cpu_devices", 2)
     import numpy as np
     from checkpoint_states import State, make_mesh, put
-    from shardtrain.checkpoint import Checkpointer
+    from shardtrain.checkpoint import Checkpointer, commit
     big = np.arange(8 << 20, dtype=np.float32).reshape(8, -1)
     state = State(np.int32(1), {{"w": big}}, (), jax.random.key(0), None)
     state, plan = put(state, make_mesh(2, 1))

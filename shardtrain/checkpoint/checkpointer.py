@@ -208,7 +208,14 @@ class Checkpointer:
         self._inside_with = True
         return self
 
+    def __del__(self) -> None:
+        """Dropped unclosed: the save went on, and its failure must at least be seen."""
+        pending = getattr(self, "_pending", None)
+        if pending is not None and pending[1].done() and (error := pending[1].exception()):
+            sys.stderr.write(f"shardtrain: saving step {pending[0]} failed: {reason(error)}\n")
+
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._inside_with = False
         try:
             self.close(together=error is None)
         except CheckpointError as failure:

@@ -1,5 +1,6 @@
 """What happens to the run directory when all processes agree on it: preparing, making room."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def drop_failed(directory: Path, step: int) -> None:
     steps.remove_leftovers(directory)
     partial = not manifest.is_complete(steps.step_path(directory, step))
     if partial and step in steps.present(directory):
-        steps.delete(directory, step)
+        with contextlib.suppress(OSError):  # the failure itself is reported, and says more
+            steps.delete(directory, step)
 
 
 def newest(directory: Path, warn: Report) -> int:

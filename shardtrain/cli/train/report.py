@@ -134,7 +134,9 @@ def closing_paragraph(facts: Mapping[str, Any]) -> str:
 def print_paragraph(console: Console, text: str) -> None:
     """Wrapped to the terminal, at most 100 columns."""
     width = min(console.width, 100)
-    console.print("\n".join(textwrap.wrap(text, width)), markup=False, highlight=False)
+    console.print(
+        "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)), markup=False, highlight=False
+    )
 
 
 def _item(console: Console, label: str, text: str) -> None:
@@ -148,7 +150,7 @@ def _item(console: Console, label: str, text: str) -> None:
 
 
 def _wrapped(line: str, width: int) -> list[str]:
-    return [line] if len(line) <= width else textwrap.wrap(line, width)
+    return [line] if len(line) <= width else textwrap.wrap(line, width, break_on_hyphens=False)
 
 
 def _limit(plan: Plan) -> float | None:

@@ -113,6 +113,18 @@ def test_checkpoints_move_between_any_number_of_stages(pipelined, loader, tmp_pa
     assert [h["step"] for h in continued.history] == [3]
 
 
+def test_optimizers_of_whole_arrays_keep_their_state_per_layer(devices):
+    """LAMB compares norms of whole arrays: it sees every layer apart, in checkpoints too."""
+    plan = make_plan("data=4,pipeline=2,num_microbatches=2", optimizer=optax.lamb(1e-2))
+    st.verify(plan, num_steps=1).raise_if_failed()
+    state, _ = plan.step(plan.init(0), {k: v[:16] for k, v in rows().items()})
+    saved = plan.to_checkpoint(state)
+    moments = [p for p in leaves_by_path(saved.opt_state) if p.endswith("mu/layers/3/up/kernel")]
+    assert len(moments) == 1
+    again = plan.to_checkpoint(plan.from_checkpoint(saved))
+    jax.tree.map(np.testing.assert_array_equal, saved.opt_state, again.opt_state)
+
+
 def test_the_model_comes_back_whole(pipelined):
     state = pipelined.init(0)
     model = pipelined.model(state)

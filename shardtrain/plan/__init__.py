@@ -107,7 +107,7 @@ def plan(
         again=again,
         example=None if _is_abstract(batch) else batch,
         hardware=None if hardware is None else str(hardware),
-        findings=inferred.findings if inferred is not None else (),
+        findings=(inferred.findings if inferred is not None else ()) + _stage_notes(pipelined),
         pipelined=pipelined,
     )
 
@@ -120,6 +120,12 @@ def _infer(form: Any, loss: Any, batch: Any, strategy: Strategy, mesh: Any) -> A
     plain = strategy.replace(remat="none", precision="fp32", equal_microbatches=True)
     table = axis_table(form, make_loss(form, loss, plain, None), batch)
     return infer_layout(table, form, strategy, sizes)
+
+
+def _stage_notes(pipelined: Any) -> tuple[str, ...]:
+    """What the user should know about the split, such as a remainder of layers."""
+    note = pipelined.pipeline.model.note if pipelined is not None else ""
+    return (note,) if note else ()
 
 
 def _is_abstract(batch: Any) -> bool:

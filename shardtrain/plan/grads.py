@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 
+from shardtrain.errors import LossContractError
 from shardtrain.partitioning.infer.independence import Independence, batch_independence
 from shardtrain.plan.known_bugs import KnownBugs, check_known_bugs
 from shardtrain.plan.layout import Layout
@@ -68,6 +70,8 @@ def make_gradients(
     if axes:
         reason = _why_not_per_replica(proof_loss, layout, s, bugs)
         axes = () if reason else axes
+    if many and not s.equal_microbatches:
+        _refuse_constant_weight(proof_loss, layout, s.num_microbatches)
     grad_fn = value_and_grad(bugs.avoid(loss_for(axes)))
     constrain = layout.constrain(layout.grad_specs)
     if axes:
@@ -83,6 +87,41 @@ def make_gradients(
     if axes:
         grad_fn = sum_replicas(grad_fn, constrain)
     return GradientPlan(grad_fn, axes, reason)
+
+
+def _refuse_constant_weight(loss: LossFn, layout: Layout, parts: int) -> None:
+    """A weight written as a number is that of the whole batch, and would be counted once per part.
+
+    Raises:
+      LossContractError: The weight of a microbatch is the same number as that of the batch.
+    """
+    state = layout.state
+    plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    whole = plain(layout.batch)
+    split = jax.eval_shape(lambda b: split_batch(b, parts), whole)
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), split)
+
+    def constant(batch: Any) -> float | None:
+        weight = lambda p, v, b, k: loss(p, v, b, k)[0].loss.weight
+        traced = jax.make_jaxpr(weight)(
+            plain(state.params), plain(state.variables), batch, plain(state.rng)
+        )
+        made = {v: eqn for eqn in traced.jaxpr.eqns for v in eqn.outvars}
+        (out,) = traced.jaxpr.outvars
+        while not isinstance(out, jex.Literal):  # back through casts and `stop_gradient`
+            if out not in made or len(made[out].invars) != 1:
+                return None
+            (out,) = made[out].invars
+        return float(out.val)
+
+    found = constant(part)
+    if found is not None and found == constant(whole):
+        raise LossContractError(
+            f"loss_fn returned st.Mean with weight {found:g} for a microbatch as for the whole "
+            f"batch, so {parts} microbatches would weigh {parts} times as much. Compute the weight "
+            "from the batch it is given, e.g. jnp.sum(mask) or x.shape[0]; or pass "
+            "Strategy(equal_microbatches=True) if the total is a mean of each microbatch"
+        )
 
 
 def _why_not_per_replica(loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs) -> str:

@@ -22,7 +22,6 @@ from shardtrain.pipeline import (
     StageLayout,
     StageMajor,
     from_stage_major,
-    from_stage_major_tree,
     make_pipeline,
     make_pipeline_grad,
     make_schedule,
@@ -30,6 +29,7 @@ from shardtrain.pipeline import (
     to_stage_major,
 )
 from shardtrain.pipeline.optimizer import pipelined_optimizer
+from shardtrain.pipeline.optimizer_state import is_mapped, mapped_specs, stack_state, unstack_state
 from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.known_bugs import check_known_bugs
 from shardtrain.plan.layout import Layout
@@ -76,22 +76,16 @@ class Pipelined:
         """The state as a plan without pipeline would hold it."""
         return state.replace(
             params=self.unstack_params(state.params),
-            opt_state=from_stage_major_tree(state.opt_state, self.pipeline.params),
+            opt_state=unstack_state(state.opt_state, self.pipeline.params),
             variables=from_stage_major(state.variables, self.pipeline.variables),
         )
 
     def stack(self, state: TrainState) -> TrainState:
         """The inverse of `unstack`."""
-        is_stacked = lambda x: isinstance(x, StageMajor)
-        opt_state = jax.tree.map(
-            lambda like, x: self.stack_params(x) if is_stacked(like) else x,
-            self.layout.state.opt_state,
-            state.opt_state,
-            is_leaf=is_stacked,
-        )
+        like = self.layout.state.opt_state
         return state.replace(
             params=self.stack_params(state.params),
-            opt_state=opt_state,
+            opt_state=stack_state(state.opt_state, like, self.pipeline.params),
             variables=self.stack_variables(state.variables),
         )
 
@@ -132,8 +126,10 @@ def make_pipelined(
       ScheduleError: The schedule is unknown or does not fit.
     """
     plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    # A model without separate blocks is a scan: rematerialising the whole loss would hide it.
+    visible = s if form.blocks else s.replace(remat="none")
     make = lambda fn: make_loss(
-        form, dataclasses.replace(loss, fn=fn), s, None, num_parts=s.num_microbatches
+        form, dataclasses.replace(loss, fn=fn), visible, None, num_parts=s.num_microbatches
     )
     bugs = check_known_bugs(make(loss.fn), whole, s)
     if bugs.grouped and bugs.idle_axes:
@@ -182,6 +178,10 @@ def _layout(
         whole.variables, form.abstract_variables, pipeline.variables, others, others
     )
     abstract_opt = jax.eval_shape(optimizer.init, form.abstract_params)
+    if is_mapped(abstract_opt):
+        opt_specs = mapped_specs(abstract_opt, full if s.zero >= 1 else compute)
+    else:
+        opt_specs = optimizer_specs(abstract_opt, params, s.zero >= 1)
     shard = lambda tree, specs: jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
         tree,
@@ -189,7 +189,7 @@ def _layout(
     )
     state = whole.state.replace(
         params=shard(form.abstract_params, full if s.zero == 3 else compute),
-        opt_state=shard(abstract_opt, optimizer_specs(abstract_opt, params, s.zero >= 1)),
+        opt_state=shard(abstract_opt, opt_specs),
         variables=shard(form.abstract_variables, others),
     )
     return dataclasses.replace(

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hs
 
 import shardtrain as st
-from shardtrain.errors import BatchError, ShardtrainError, StrategyError
+from shardtrain.errors import BatchError, LossContractError, ShardtrainError, StrategyError
 from shardtrain.pytree import leaves_by_path
 
 ROWS, LENGTH, WIDTH = 16, 4, 8
@@ -424,3 +424,26 @@ def test_another_loss_for_evaluation(devices):
     eval_loss = lambda variables, batch: st.Mean(jnp.sum(variables["w"]), 2.0)
     plan = plan_of("data=8", optax.sgd(0.0), eval_fn=eval_loss)
     np.testing.assert_allclose(plan.eval_step(plan.init(0), FULL)["loss"], W.sum() / 2, rtol=1e-5)
+
+
+def test_a_weight_written_as_a_number_is_refused_over_microbatches(devices):
+    fixed = lambda v, b: st.Mean(jnp.sum((b["x"] @ v["w"]) ** 2), ROWS)
+    with pytest.raises(LossContractError, match="weight 16 for a microbatch as for the whole"):
+        plan_of("data=8,num_microbatches=2", loss=fixed, hardware="cpu:8")
+    plan_of("data=8", loss=fixed, hardware="cpu:8")
+    counted = lambda v, b: st.Mean(jnp.sum((b["x"] @ v["w"]) ** 2), b["x"].shape[0])
+    plan_of("data=8,num_microbatches=2", loss=counted, hardware="cpu:8")
+
+
+def test_a_rule_may_keep_a_batch_leaf_whole(devices):
+    batch = FULL | {"weights": np.arange(LENGTH, dtype=np.float32)}
+
+    def loss(v, b):
+        return st.Mean(jnp.sum((b["x"] @ v["w"]) ** 2 * b["weights"]), b["x"].shape[0])
+
+    model = st.Functional(init=lambda key: {"w": jnp.asarray(W)})
+    strategy = st.Strategy(data=8, rules={"batch/weights": ()})
+    plan = st.plan(model, loss, GRADIENT, batch, strategy)
+    _, metrics = plan.step(plan.init(0), batch)
+    wanted = ((X @ W) ** 2 * batch["weights"]).sum() / ROWS
+    np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)

@@ -1,7 +1,7 @@
 """Where the rows, sequence positions and features of a batch go."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -34,7 +34,8 @@ def batch_specs(
       BatchError: Not divisible; names the leaf and the nearest batch sizes that work.
     """
     shards = math.prod(sizes[a] for a in BATCH_AXES)
-    _check_rows(batch, shards, strategy.num_microbatches)
+    ruled = lambda path: glob_rule("batch/" + path, strategy.rules) is not None
+    _check_rows(batch, shards, strategy.num_microbatches, ruled)
 
     def spec(path: str, leaf: Any) -> PartitionSpec:
         shape = tuple(leaf.shape)
@@ -52,7 +53,9 @@ def batch_specs(
     return map_with_path(spec, batch)
 
 
-def _check_rows(batch: Any, shards: int, num_microbatches: int) -> None:
+def _check_rows(
+    batch: Any, shards: int, num_microbatches: int, ruled: Callable[[str], bool]
+) -> None:
     rows = {p: leaf.shape[0] for p, leaf in leaves_by_path(batch).items() if leaf.shape}
     if not rows:
         raise BatchError("the batch has no array with a batch dim")
@@ -63,7 +66,8 @@ def _check_rows(batch: Any, shards: int, num_microbatches: int) -> None:
         )
     unit = shards * num_microbatches
     for path, count in rows.items():
-        if count % unit:
+        # A rule may keep a leaf whole (class weights): `_check_dims` checks what it asks for.
+        if count % (num_microbatches if ruled(path) else unit):
             low, high = count // unit * unit, -(-count // unit) * unit
             near = f"{low} or {high}" if low else f"{high}"
             raise BatchError(

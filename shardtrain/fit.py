@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,58 +129,56 @@ def fit(
 
     shardings = plan.layout.batch_shardings
     pending: collections.deque[_Pending] = collections.deque()
-    try:
-        with Preemption() as stop, _watchdog(report):
-            _agree(plan, loader, num_steps)
-            for step in range(first, num_steps):
-                report.phase("data", step)
-                started = time.perf_counter()
-                batch = loader.batch(step, shardings)
-                ready = time.perf_counter()
-                if step == first:
-                    audit_first_batch(batch)
-                report.phase("first_step" if step == first else "dispatch", step)
-                result.state, metrics = plan.step(result.state, batch)
-                pending.append(_Pending(step + 1, metrics, started, ready))
-                done = step + 1
-                # Read the step before: the device works on this one meanwhile.
-                report.phase("wait", step)
-                while len(pending) > 1:
-                    _record(pending.popleft(), result, listeners)
-                stopping = stop.should_stop(done)
-                between = done < num_steps and not stopping
-                if _due(done, STRAGGLER_EVERY):
-                    _report_stragglers(report, is_main)
-                if between and eval_loader is not None and _due(done, eval_every):
-                    report.phase("eval", step)
-                    _drain(pending, result, listeners)
-                    _evaluate(plan, result, eval_loader, done, listeners)
-                if between and _due(done, save_every):
-                    report.phase("ckpt", step)
-                    checkpoints.save(result.state)
-                    _tell(listeners, "on_checkpoint", done)
-                if stopping:
-                    result.stopped = stop.reason
-                    break
-            report.phase("wait")
-            _drain(pending, result, listeners)
-            done = int(result.state.step)
-            if eval_loader is not None and result.stopped is None and done > first:
-                report.phase("eval")
+    with (
+        _ending(listeners, result, loader, report),
+        checkpoints,
+        Preemption() as stop,
+        _watchdog(report),
+    ):
+        _agree(plan, loader, num_steps)
+        for step in range(first, num_steps):
+            report.phase("data", step)
+            started = time.perf_counter()
+            batch = loader.batch(step, shardings)
+            ready = time.perf_counter()
+            if step == first:
+                audit_first_batch(batch)
+            report.phase("first_step" if step == first else "dispatch", step)
+            result.state, metrics = plan.step(result.state, batch)
+            pending.append(_Pending(step + 1, metrics, started, ready))
+            done = step + 1
+            # Read the step before: the device works on this one meanwhile.
+            report.phase("wait", step)
+            while len(pending) > 1:
+                _record(pending.popleft(), result, listeners)
+            checkpoints.poll()
+            stopping = stop.should_stop(done)
+            between = done < num_steps and not stopping
+            if _due(done, STRAGGLER_EVERY):
+                _report_stragglers(report, is_main)
+            if between and eval_loader is not None and _due(done, eval_every):
+                report.phase("eval", step)
+                _drain(pending, result, listeners)
                 _evaluate(plan, result, eval_loader, done, listeners)
-            report.phase("ckpt")
-            if done > first:
+            if between and _due(done, save_every):
+                report.phase("ckpt", step)
                 checkpoints.save(result.state)
                 _tell(listeners, "on_checkpoint", done)
-            checkpoints.close()
-            report.phase("done")
-    except BaseException:
-        checkpoints.abandon()
-        _tell(listeners, "on_end", result)
-        raise
-    finally:
-        loader.close()
-        report.close()
+            if stopping:
+                result.stopped = stop.reason
+                break
+        report.phase("wait")
+        _drain(pending, result, listeners)
+        done = int(result.state.step)
+        if eval_loader is not None and result.stopped is None and done > first:
+            report.phase("eval")
+            _evaluate(plan, result, eval_loader, done, listeners)
+        report.phase("ckpt")
+        if done > first:
+            checkpoints.save(result.state)
+            _tell(listeners, "on_checkpoint", done)
+        checkpoints.wait()
+        report.phase("done")
     _tell(listeners, "on_end", result)
     if result.stopped == "SIGTERM":
         raise Preempted(int(result.state.step))
@@ -201,6 +199,21 @@ def evaluate(plan: Plan, state: TrainState, loader: DataLoader) -> dict[str, flo
             sums[name] = sums[name] + mean if name in sums else mean
     values = {name: float(mean.value) for name, mean in sums.items()}
     return {**values, "weight": float(sums["loss"].weight)}
+
+
+@contextlib.contextmanager
+def _ending(
+    listeners: Sequence[Callback], result: FitResult, loader: DataLoader, report: Progress
+) -> Generator[None]:
+    """However the loop ends: callbacks hear of it, threads and files are closed."""
+    try:
+        yield
+    except BaseException:
+        _tell(listeners, "on_end", result)
+        raise
+    finally:
+        loader.close()
+        report.close()
 
 
 def _watchdog(report: Progress) -> Any:
@@ -235,13 +248,23 @@ class _Pending:
 
 
 class _Checkpoints:
-    """The run's checkpoints, or nothing when it has no directory."""
+    """The run's checkpoints, or nothing when it has no directory; a context manager."""
 
     def __init__(self, path: Path | None, plan: Plan, loader: DataLoader, max_to_keep: int | None):
         self._loader = loader
         self._store = None if path is None else Checkpointer(path, plan, max_to_keep=max_to_keep)
 
-    def restore_or(self, make: Any) -> tuple[TrainState, str]:
+    def __enter__(self) -> "_Checkpoints":
+        if self._store is not None:
+            self._store.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """Waits for what is being saved; after an error, not for the other processes."""
+        if self._store is not None:
+            self._store.__exit__(kind, error, traceback)
+
+    def restore_or(self, make: Callable[[], TrainState]) -> tuple[TrainState, str]:
         """The newest good state, else a new one; and a sentence when it was restored."""
         if self._store is None or self._store.latest() is None:
             return make(), ""
@@ -255,17 +278,19 @@ class _Checkpoints:
         )
 
     def save(self, state: TrainState) -> None:
+        """Start to save; returns when the state is copied."""
         if self._store is not None:
             self._store.save(state, extra={"data": self._loader.describe()})
 
-    def close(self) -> None:
+    def poll(self) -> None:
+        """Raise at once if a save in the background has failed."""
         if self._store is not None:
-            self._store.close()
+            self._store.poll()
 
-    def abandon(self) -> None:
-        """After an error: wait for this process's own save only; the others may be gone."""
+    def wait(self) -> None:
+        """Until everything is committed."""
         if self._store is not None:
-            self._store.close(together=False)
+            self._store.wait()
 
 
 def _record(item: _Pending, result: FitResult, listeners: Sequence[Callback]) -> None:

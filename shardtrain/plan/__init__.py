@@ -1,5 +1,6 @@
 """`st.plan`: from a model, a loss, an optimizer, a batch and a strategy to a `Plan`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,7 +84,10 @@ def plan(
     shapes = abstract(batch)
     example = lambda model, batch: loss(model, batch, jax.random.key(0), True)
     form = model_form(model, example, shapes)
-    inferred = _infer(form, loss, shapes, strategy, mesh)
+    plain = strategy.replace(remat="none", precision="fp32", equal_microbatches=True)
+    plain_loss = make_loss(form, loss, plain, None)
+    table = functools.cache(lambda form=form: axis_table(form, plain_loss, shapes))
+    inferred = _infer(table, form, strategy, mesh)
     layout = make_layout(form, optimizer, shapes, strategy, mesh, inferred)
     pipelined = None
     if strategy.pipeline > 1:
@@ -109,17 +113,16 @@ def plan(
         hardware=None if hardware is None else str(hardware),
         findings=(inferred.findings if inferred is not None else ()) + _stage_notes(pipelined),
         pipelined=pipelined,
+        axis_table=table,
     )
 
 
-def _infer(form: Any, loss: Any, batch: Any, strategy: Strategy, mesh: Any) -> Any:
+def _infer(table: Any, form: Any, strategy: Strategy, mesh: Any) -> Any:
     """Axis inference, where the mesh has an axis whose use depends on the model."""
     sizes = dict(mesh.shape)
     if all(sizes[a] == 1 for a in INFERRED_AXES):
         return None
-    plain = strategy.replace(remat="none", precision="fp32", equal_microbatches=True)
-    table = axis_table(form, make_loss(form, loss, plain, None), batch)
-    return infer_layout(table, form, strategy, sizes)
+    return infer_layout(table(), form, strategy, sizes)
 
 
 def _stage_notes(pipelined: Any) -> tuple[str, ...]:

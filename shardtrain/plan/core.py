@@ -12,6 +12,7 @@ from flax import nnx
 from shardtrain.errors import ModelError, ShardingDriftError, ShardtrainError
 from shardtrain.modules import ModelForm
 from shardtrain.modules.intercept import Calls
+from shardtrain.partitioning.infer.table import AxisTable
 from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.layout import Layout
@@ -52,6 +53,7 @@ class Plan(PlanViews):
         hardware: str | None = None,
         findings: tuple[str, ...] = (),
         pipelined: Pipelined | None = None,
+        axis_table: Callable[[], AxisTable] | None = None,
     ):
         self.form = form
         self.strategy = strategy
@@ -64,6 +66,7 @@ class Plan(PlanViews):
         self.example = example
         self.hardware = hardware
         self.pipelined = pipelined
+        self.axis_table = axis_table
         self.trace_counts: collections.Counter[str] = collections.Counter()
         self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
         self.gradients = self._gradients()

@@ -1,13 +1,14 @@
 """`plan.explain()`: which rule decided each array, and what each device holds."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import PartitionSpec
 
 from shardtrain.errors import PartitionError, suggest
 from shardtrain.partitioning import LeafPlan
+from shardtrain.partitioning.infer.table import AxisTable
 from shardtrain.partitioning.rules import as_axes
 from shardtrain.plan.layout import Layout
 from shardtrain.pytree import leaves_by_path, nbytes
@@ -42,7 +43,9 @@ def explain_table(layout: Layout, zero: int, findings: tuple[str, ...]) -> Table
     return Table("Where every array lives", columns, rows, notes)
 
 
-def explain_leaf(layout: Layout, path: str, zero: int) -> Table:
+def explain_leaf(
+    layout: Layout, path: str, zero: int, axis_table: Callable[[], AxisTable] | None = None
+) -> Table:
     """Everything decided about one parameter.
 
     Raises:
@@ -67,7 +70,10 @@ def explain_leaf(layout: Layout, path: str, zero: int) -> Table:
         ("rule", plan.rule),
         ("why", plan.why),
     ]
-    return Table(path, ("", ""), tuple(rows))
+    table = axis_table() if axis_table is not None else None
+    known = table is not None and any(row.path == path for row in table.rows)
+    notes = (table.why(path),) if table is not None and known else ()
+    return Table(path, ("", ""), tuple(rows), notes)
 
 
 def shards(spec: PartitionSpec, sizes: Mapping[str, int]) -> int:

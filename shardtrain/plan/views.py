@@ -75,10 +75,11 @@ class PlanViews:
         """Which rule decided each array, its sharding, and bytes on each device.
 
         Args:
-          path: One parameter, in detail; None: all of them.
+          path: One parameter, in detail, with the lines of the model that tie its dims to those
+            of others; None: all of them.
         """
         if path is not None:
-            return explain_leaf(self.layout, path, self.strategy.zero)
+            return explain_leaf(self.layout, path, self.strategy.zero, self.axis_table)
         return explain_table(self.layout, self.strategy.zero, self.findings)
 
     def memory(self: "Plan") -> Memory:

@@ -1,0 +1,123 @@
+"""The programs of a plan: gradients, step, evaluation, calls of the trained model."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from shardtrain.modules.intercept import Calls
+from shardtrain.plan.gather import gather_at_use
+from shardtrain.plan.grads import GradientPlan, make_gradients
+from shardtrain.plan.loss import make_loss
+from shardtrain.plan.pipelined import pipeline_gradients
+from shardtrain.train import TrainState, make_eval, make_step, over_rows
+
+if TYPE_CHECKING:
+    from shardtrain.plan.core import Plan
+
+
+class PlanPrograms:
+    """The compiling half of `Plan`."""
+
+    def _gradients(self: "Plan") -> GradientPlan:
+        layout, s = self.layout, self.strategy
+        if self.pipelined is not None:
+            return GradientPlan(pipeline_gradients(self.pipelined, s), ())
+        loss_for = lambda local_axes: make_loss(
+            self.form,
+            self.loss,
+            s,
+            layout.mesh,
+            gather=gather_at_use(layout.mesh, layout.compute_specs, layout.full_specs)
+            if s.zero == 3 and layout.sizes["fsdp"] > 1
+            else None,
+            num_parts=s.num_microbatches,
+            local_axes=local_axes,
+        )
+        return make_gradients(loss_for, self.proof_loss, layout, s)
+
+    def _make_step(self: "Plan") -> Any:
+        layout = self.layout
+        body = make_step(
+            self.gradients.grad_fn,
+            self.optimizer,
+            self.strategy.max_grad_norm,
+            layout.constrain(layout.update_specs),
+        )
+
+        def step(state: TrainState, rng: jax.Array, batch: Any) -> Any:
+            self.trace_counts["step"] += 1
+            rng = jax.random.wrap_key_data(rng)
+            new_state, metrics = body(state.replace(rng=rng), batch)
+            return new_state.replace(rng=None), metrics
+
+        shardings = layout.state_shardings.replace(rng=None)
+        return jax.jit(
+            step,
+            in_shardings=(shardings, self._replicated(), layout.batch_shardings),
+            out_shardings=(shardings, self._replicated()),
+            donate_argnums=(0,) if self.donate else (),
+        )
+
+    def _raw(self: "Plan", rng: jax.Array) -> jax.Array:
+        """The run's key as plain integers: a typed key costs Python time at every dispatch.
+
+        The key never changes, so it is converted once.
+        """
+        if rng is not self._rng[0]:
+            self._rng = (rng, jax.device_put(jax.random.key_data(rng), self._replicated()))
+        return self._rng[1]
+
+    def _step_arguments(self: "Plan") -> tuple[Any, Any, Any]:
+        """What the compiled step takes, as shapes and shardings."""
+        state = self.layout.state
+        data = jax.eval_shape(jax.random.key_data, state.rng)
+        data = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=self._replicated())
+        return state.replace(rng=None), data, self.layout.batch
+
+    def _lower_step(self: "Plan") -> jax.stages.Lowered:
+        return self._jitted_step.lower(*self._step_arguments())
+
+    def _make_eval(self: "Plan") -> Any:
+        layout = self.layout
+        loss = make_loss(self.form, self.eval_loss, self.strategy, layout.mesh, train=False)
+        body = make_eval(loss)
+
+        def evaluate(state: TrainState, batch: Any) -> Any:
+            self.trace_counts["eval_step"] += 1
+            return body(state, batch)
+
+        return jax.jit(
+            evaluate,
+            in_shardings=(layout.state_shardings, layout.batch_shardings),
+            out_shardings=self._replicated(),
+        )
+
+    def _make_eval_rows(self: "Plan") -> Any:
+        layout = self.layout
+        loss = make_loss(
+            self.form,
+            self.eval_loss,
+            self.strategy,
+            layout.mesh,
+            train=False,
+            local_axes=layout.batch_axes,
+        )
+        body = over_rows(make_eval(loss), layout.batch_axes)
+
+        def evaluate(state: TrainState, batch: Any, rows: jax.Array) -> Any:
+            self.trace_counts["eval_rows"] += 1
+            return body(state, batch, rows)
+
+        shardings = (layout.state_shardings, layout.batch_shardings, None)
+        return jax.jit(evaluate, in_shardings=shardings, out_shardings=self._replicated())
+
+    def _calling(self: "Plan", fn: Callable[..., Any]) -> Callable[..., Any]:
+        def called(params: Any, variables: Any, rng: jax.Array, args: Any) -> Any:
+            self.trace_counts["call"] += 1
+            return self.form.apply(fn, params, variables, rng, False, args, Calls())[0]
+
+        return called
+
+    def _replicated(self: "Plan") -> Any:
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())

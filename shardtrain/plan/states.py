@@ -1,0 +1,113 @@
+"""What a plan insists on: live states, values of the right model, and the model's own layout."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+
+from shardtrain.errors import ModelError, ShardingDriftError, ShardtrainError
+from shardtrain.pytree import leaves_by_path
+from shardtrain.train import TrainState
+
+if TYPE_CHECKING:
+    from shardtrain.plan.core import Plan
+
+
+class PlanStates:
+    """The half of `Plan` that checks and converts states."""
+
+    def to_checkpoint(self: "Plan", state: TrainState) -> TrainState:
+        """The state as any mesh can restore it: layers that a pipeline stacked, one by one."""
+        if self.pipelined is None:
+            return state
+        return self._convert("unstack", state, self.abstract_checkpoint)
+
+    def from_checkpoint(self: "Plan", state: TrainState) -> TrainState:
+        """The inverse of `to_checkpoint`."""
+        if self.pipelined is None:
+            return state
+        return self._convert("stack", state, self.layout.state)
+
+    @property
+    def abstract_checkpoint(self: "Plan") -> TrainState:
+        """Shapes and shardings of what `to_checkpoint` returns."""
+        return self.layout.state if self.pipelined is None else self.pipelined.abstract_unstacked
+
+    def _convert(self: "Plan", how: str, state: TrainState, like: TrainState) -> TrainState:
+        if how not in self._jitted_calls:
+            shardings = jax.tree.map(lambda x: x.sharding, like)
+            self._jitted_calls[how] = jax.jit(getattr(self.pipelined, how), out_shardings=shardings)
+        return self._jitted_calls[how](state)
+
+    def _need_devices(self: "Plan", what: str) -> None:
+        if isinstance(self.mesh, jax.sharding.AbstractMesh):
+            raise ShardtrainError(
+                f"plan.{what}: this plan is for hardware that is not here "
+                f"({self.mesh.size} devices). Plan again without hardware= to run on this "
+                "machine's devices, or simulate them: st.simulate(n)"
+            )
+
+    def _check_alive(self: "Plan", state: TrainState) -> None:
+        if not isinstance(state, TrainState):
+            raise ShardtrainError(
+                f"expected the TrainState of plan.init, got {type(state).__name__}"
+            )
+        step = state.step
+        if isinstance(step, jax.Array) and step.is_deleted():
+            raise ShardtrainError(
+                "this state was consumed by plan.step() (its memory is reused for the new state). "
+                "Use the returned state: `state, metrics = plan.step(state, batch)`, or plan with "
+                "st.plan(..., donate=False)"
+            )
+
+    def _check_shardings(self: "Plan", state: TrainState) -> None:
+        """After the first compile: what XLA made is what was planned."""
+        planned = leaves_by_path(self.layout.state)
+        for path, leaf in leaves_by_path(state).items():
+            wanted = planned[path].sharding
+            if not leaf.sharding.is_equivalent_to(wanted, leaf.ndim):
+                raise ShardingDriftError(
+                    f"{path}: planned {wanted.spec}, compiled as {leaf.sharding}"
+                )
+
+    def _given(self: "Plan", values: Any) -> tuple[Any, Any]:
+        if isinstance(values, nnx.Module):
+            _, params, others = nnx.split(values, nnx.Param, ...)
+            given = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
+        elif isinstance(values, dict) and "params" in values and self.form.kind != "nnx":
+            given = values["params"], {k: v for k, v in values.items() if k != "params"}
+        else:
+            given = values, None
+        params, others = given
+        wanted = self.abstract_checkpoint
+        self._check_values("params", params, wanted.params)
+        if self.pipelined is not None:
+            params = self.pipelined.stack_params(params)
+        if others is None or not jax.tree.leaves(others):
+            return params, self._initial_variables()
+        self._check_values("variables", others, wanted.variables)
+        if self.pipelined is not None:
+            others = self.pipelined.stack_variables(others)
+        return params, others
+
+    def _initial_variables(self: "Plan") -> Any:
+        if self.form.initial is not None:
+            return self.form.initial[1]
+        init = self.form.init
+        assert init is not None
+        return jax.jit(lambda key: init(key)[1])(jax.random.key(0))
+
+    def _check_values(self: "Plan", what: str, given: Any, planned: Any) -> None:
+        found, wanted = leaves_by_path(given), leaves_by_path(planned)
+        lines = [f"  missing: {p}" for p in wanted if p not in found]
+        lines += [f"  unknown: {p}" for p in found if p not in wanted]
+        for path in found.keys() & wanted.keys():
+            a, b = found[path], wanted[path]
+            if tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
+                lines.append(
+                    f"  {path}: given {a.dtype}{list(a.shape)}, model {b.dtype}{list(b.shape)}"
+                )
+        if lines:
+            raise ModelError(
+                f"the given {what} are not {self.form.name}'s:\n" + "\n".join(sorted(lines))
+            )

@@ -195,8 +195,11 @@ def evaluate(plan: Plan, state: TrainState, loader: DataLoader) -> dict[str, flo
     """
     sums: dict[str, Mean] = {}
     for batch, rows in loader.eval_batches(plan.layout.batch_shardings):
-        for name, mean in plan.eval_means(state, batch, rows).items():
-            sums[name] = sums[name] + mean if name in sums else mean
+        # One batch at a time: nothing orders two evaluations, and on CPU the collectives of several
+        # can wait for each other for ever.
+        means = jax.block_until_ready(plan.eval_means(state, batch, rows))
+        for name, mean in means.items():
+            sums[name] = jax.block_until_ready(sums[name] + mean) if name in sums else mean
     values = {name: float(mean.value) for name, mean in sums.items()}
     return {**values, "weight": float(sums["loss"].weight)}
 

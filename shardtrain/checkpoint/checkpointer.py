@@ -105,8 +105,8 @@ class Checkpointer:
                 step, infos, self._abstract(), self._described(), _json(extra or {})
             )
             path = steps.step_path(self.directory, step)
+            hashes = fingerprint(named)  # before: its collectives must not meet Orbax's barriers
             handle = store.save_async(path, leaves.to_arrays(named), self._timeout)
-            hashes = fingerprint(named)  # after the copy, so that it competes with the write only
             copied = time.monotonic() - started
             thread = concurrent.futures.ThreadPoolExecutor(1, "shardtrain-checkpoint")
             future = thread.submit(self._finish, handle, header, hashes, copied)

@@ -20,7 +20,11 @@ _CHUNK = 1 << 20  # elements hashed at a time on the host
 
 
 def fingerprint(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Start hashing every leaf; asynchronous for device arrays.
+    """Hash every leaf, one after another.
+
+    Each hash is a program with collectives over the leaf's devices, and nothing orders two such
+    programs: on CPU (virtual devices share a few threads; processes meet over gloo) several at
+    once can wait for each other for ever. So each is finished before the next is started.
 
     Args:
         named: `{name: array}`; jax arrays (typed keys too) or anything numpy can hold.
@@ -28,7 +32,8 @@ def fingerprint(named: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `{name: uint32[2]}`, to be turned into text by `as_text` when needed.
     """
-    return {name: _hash_leaf(name, leaf) for name, leaf in named.items()}
+    jax.block_until_ready([x for x in named.values() if isinstance(x, jax.Array)])
+    return {name: jax.block_until_ready(_hash_leaf(name, x)) for name, x in named.items()}
 
 
 def as_text(hashes: Mapping[str, Any]) -> dict[str, str]:

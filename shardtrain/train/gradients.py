@@ -83,7 +83,8 @@ def over_microbatches(
     def accumulated(params: Any, variables: Any, batch: Any, key: jax.Array) -> Gradients:
         parts = split_batch(batch, num_microbatches)
         like = jax.eval_shape(grad_fn, params, variables, jax.tree.map(lambda x: x[0], parts), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (like.grads, like.output))
+        # Sums are kept in float32 also for parameters of a narrower dtype.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (like.grads, like.output))
 
         def body(carry: Any, part: Any) -> tuple[Any, None]:
             (grads, output), variables = carry
@@ -95,6 +96,7 @@ def over_microbatches(
         carry = ((constrain(zeros[0]), zeros[1]), variables)
         numbered = (jnp.arange(num_microbatches), parts)
         ((grads, output), variables), _ = jax.lax.scan(body, carry, numbered)
+        grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, like.grads)
         return Gradients(grads, output, variables)
 
     return accumulated

@@ -1,6 +1,6 @@
 """What `plan.step` costs over the same step written by hand in plain `jax.jit`.
 
-    python benchmarks/overhead.py [--rounds 200] [--json FILE]
+    python benchmarks/overhead.py [--rounds 100] [--json FILE]
 
 Both programs train the same model on the same mesh with the same shardings, return the same
 metrics and skip non-finite steps; they run alternately in one process. Reported per device count:
@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import shardtrain as st
 from shardtrain.planner.collectives import collectives_of
 
-WIDTH, DEPTH, ROWS = 256, 4, 64
+WIDTH, DEPTH, ROWS = 512, 6, 128
 
 
 class Network(nnx.Module):
@@ -110,21 +110,28 @@ def measure(num_devices: int, rounds: int) -> dict[str, Any]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (hand_state, placed)
     )
     hand_collectives = collectives_of(hand.step.lower(*abstract).compile(), plan.mesh)
-    ours, theirs, dispatch = [], [], []
+    times: dict[str, list[tuple[float, float]]] = {"plan": [], "hand": []}
+
+    def timed(name: str) -> None:
+        nonlocal state, hand_state, metrics, hand_metrics
+        start = time.perf_counter()
+        if name == "plan":
+            state, metrics = plan.step(state, placed)
+            made = state.params, state.opt_state, metrics
+        else:
+            hand_state, hand_metrics = hand.step(hand_state, placed)
+            made = hand_state, hand_metrics
+        dispatched = time.perf_counter()
+        jax.block_until_ready(made)
+        times[name].append((dispatched - start, time.perf_counter() - start))
+
+    metrics, hand_metrics = {}, {}
     for i in range(rounds + 20):
-        t0 = time.perf_counter()
-        state, metrics = plan.step(state, placed)
-        t1 = time.perf_counter()
-        jax.block_until_ready((state, metrics))
-        t2 = time.perf_counter()
-        hand_state, hand_metrics = hand.step(hand_state, placed)
-        t3 = time.perf_counter()
-        jax.block_until_ready((hand_state, hand_metrics))
-        t4 = time.perf_counter()
-        if i >= 20:
-            ours.append(t2 - t0)
-            theirs.append(t4 - t2)
-            dispatch.append((t1 - t0) - (t3 - t2))
+        # Who goes first alternates too: the second finds warmer caches.
+        for name in ("plan", "hand") if i % 2 else ("hand", "plan"):
+            timed(name)
+    ours, theirs = ([t[1] for t in times[n][20:]] for n in ("plan", "hand"))
+    dispatch = [a[0] - b[0] for a, b in zip(times["plan"][20:], times["hand"][20:], strict=True)]
     count = lambda found: sum(c.count for c in found)
     size = lambda found: sum(c.count * c.bytes for c in found)
     return {
@@ -143,7 +150,7 @@ def measure(num_devices: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     st.simulate(8)

@@ -14,13 +14,13 @@ from shardtrain.plan.grads import GradientPlan
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.plan.pipelined import Pipelined
-from shardtrain.plan.placement import check_batch, is_placed, own, place_key, place_tree
+from shardtrain.plan.placement import PlacedCheck, check_batch, own, place_key, place_tree
 from shardtrain.plan.programs import PlanPrograms
 from shardtrain.plan.states import PlanStates
 from shardtrain.plan.views import PlanViews
 from shardtrain.planner.compiled import Compiled
 from shardtrain.strategy import Strategy
-from shardtrain.train import TrainState
+from shardtrain.train import TrainState, with_rng
 
 
 class Plan(PlanPrograms, PlanStates, PlanViews):
@@ -72,6 +72,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self._jitted_eval = self._make_eval()
         self._jitted_eval_rows = self._make_eval_rows()
         self._jitted_calls: dict[Any, Any] = {}
+        self._is_placed = PlacedCheck(layout.batch)
         self._checked = False
         self._rng: tuple[Any, Any] = (None, None)
         self._compiled: dict[str | None, Compiled] = {}
@@ -139,8 +140,8 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self._check_alive(state)
         placed = self.place(batch)
         rng = state.rng
-        new_state, metrics = self._jitted_step(state.replace(rng=None), self._raw(rng), placed)
-        new_state = new_state.replace(rng=rng)
+        new_state, metrics = self._jitted_step(with_rng(state, None), self._raw(rng), placed)
+        new_state = with_rng(new_state, rng)
         if not self._checked:
             self._check_shardings(new_state)
             self._checked = True
@@ -202,7 +203,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         Raises:
           BatchError: A leaf differs from the plan; says which and how.
         """
-        if is_placed(batch, self.layout.batch):
+        if self._is_placed(batch):
             return batch
         check_batch(batch, self.layout.batch)
         return place_tree(batch, self.layout.batch)

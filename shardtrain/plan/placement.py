@@ -32,19 +32,28 @@ def place_key(key: jax.Array, sharding: Any) -> jax.Array:
     )()
 
 
-def is_placed(batch: Any, planned: Any) -> bool:
-    """Whether every leaf already is what the plan wants: the path of every step but the first."""
-    leaves, tree = jax.tree.flatten(batch)
-    wanted, wanted_tree = jax.tree.flatten(planned)
-    if tree != wanted_tree:
-        return False
-    return all(
-        isinstance(leaf, jax.Array)
-        and leaf.sharding == want.sharding
-        and leaf.shape == want.shape
-        and leaf.dtype == want.dtype
-        for leaf, want in zip(leaves, wanted, strict=True)
-    )
+class PlacedCheck:
+    """Whether a batch already is what the plan wants: the path of every step but the first.
+
+    Args:
+      planned: Batch of abstract arrays with shardings.
+    """
+
+    def __init__(self, planned: Any):
+        wanted, self._tree = jax.tree.flatten(planned)
+        self._wanted = [(x.sharding, x.shape, x.dtype) for x in wanted]
+
+    def __call__(self, batch: Any) -> bool:
+        """True if every leaf has the planned sharding, shape and dtype."""
+        leaves, tree = jax.tree.flatten(batch)
+        if tree != self._tree:
+            return False
+        for leaf, (sharding, shape, dtype) in zip(leaves, self._wanted, strict=True):
+            if not isinstance(leaf, jax.Array) or leaf.shape != shape or leaf.dtype != dtype:
+                return False
+            if leaf.sharding is not sharding and leaf.sharding != sharding:
+                return False
+        return True
 
 
 def check_batch(batch: Any, planned: Any) -> None:

@@ -11,7 +11,7 @@ from shardtrain.train.gradients import (
     sum_replicas,
     value_and_grad,
 )
-from shardtrain.train.state import TrainState
+from shardtrain.train.state import TrainState, with_rng
 from shardtrain.train.step import RESERVED_METRICS, Step, clip, make_eval, make_step, over_rows
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "split_batch",
     "sum_replicas",
     "value_and_grad",
+    "with_rng",
 ]

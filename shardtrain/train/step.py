@@ -42,13 +42,13 @@ def make_step(
         key = jax.random.fold_in(state.rng, state.step)
         found = grad_fn(state.params, state.variables, batch, key)
         weight = found.output.loss.weight
-        divisor = jnp.where(weight > 0, weight, 1.0)
-        grads = jax.tree.map(lambda g: (g / divisor).astype(g.dtype), found.grads)
+        # A weight of 0 makes these nan, and the step is not taken: nothing to guard per number.
+        grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), found.grads)
         norm = global_norm(grads)
         loss = found.output.loss.value
         if max_grad_norm is not None:
             grads = clip(grads, norm, max_grad_norm)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0)
+        finite = jnp.isfinite(found.output.loss.total / weight) & jnp.isfinite(norm)
 
         params = shard_update(state.params)
         updates, opt_state = update(shard_update(grads), state.opt_state, params, value=loss)
@@ -70,7 +70,7 @@ def make_step(
         metrics = {name: mean.value for name, mean in found.output.metrics.items()}
         metrics |= {
             "loss": loss,
-            "grad_norm": norm,
+            "grad_norm": jnp.where(weight > 0, norm, 0.0),
             "weight": weight,
             "skipped": 1 - finite.astype(jnp.int32),
         }

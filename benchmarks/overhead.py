@@ -1,6 +1,6 @@
 """What `plan.step` costs over the same step written by hand in plain `jax.jit`.
 
-    python benchmarks/overhead.py [--rounds 100] [--json FILE]
+    python benchmarks/overhead.py [--rounds 200] [--json FILE]
 
 Both programs train the same model on the same mesh with the same shardings, return the same
 metrics and skip non-finite steps; they run alternately in one process. Reported per device count:
@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import shardtrain as st
 from shardtrain.planner.collectives import collectives_of
 
-WIDTH, DEPTH, ROWS = 512, 6, 128
+WIDTH, DEPTH, ROWS = 512, 6, 256
 
 
 class Network(nnx.Module):
@@ -150,7 +150,7 @@ def measure(num_devices: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     st.simulate(8)

@@ -6,7 +6,8 @@ Each run is one `launch` of `faults_worker.py`; each of its generations gets one
 random: kill -9 of a process in any phase, kill during a save, SIGSTOP, a process that sleeps, an
 exception, a full disk, one flipped bit, a truncated or deleted checkpoint file, a slow process.
 A run counts as recovered if it ends with code 0, every loss it ever reported equals the clean run's
-bit for bit, and so does the fingerprint of its final state.
+bit for bit, and so does the fingerprint of its final state. The JSON file is written after every
+run; where it exists, the campaign goes on from it.
 """
 
 import argparse
@@ -164,43 +165,69 @@ def step_seconds(events):
     return statistics.median(steps) if steps else float("nan")
 
 
-def campaign(faults, per_run, seed, folder, kinds=None):
-    """Run everything; returns the report as a dict."""
-    draw = random.Random(seed)
-    steps = num_steps(per_run)
-    clean = folder / "clean"
-    code, clean_seconds = run(clean, [], steps)
-    if code != 0:
-        raise SystemExit(f"the clean run failed with code {code}; see {clean}")
-    report = {"faults": 0, "struck": collections.Counter(), "runs": [], "recovery_seconds": []}
-    wall = useful = 0.0
-    while report["faults"] < faults:
-        count = min(per_run, faults - report["faults"])
-        names = draw.choices(list(KINDS), weights=list(KINDS.values()), k=count)
-        names = (kinds or names)[:count]
-        schedule = [draw_generation(draw, i, kind) for i, kind in enumerate(names)]
-        directory = folder / f"run-{len(report['runs'])}"
-        code, seconds = run(directory, schedule, steps)
-        events = timeline(directory)
-        wrong = compare(directory, clean, code)
-        report["faults"] += count
-        report["struck"].update(e["fault"]["kind"] for e in events if e["kind"] == "fault")
-        report["recovery_seconds"] += recovery_times(events)
-        report["runs"].append({"faults": names, "code": code, "seconds": seconds, "wrong": wrong})
-        wall, useful = wall + seconds, useful + steps * step_seconds(events)
-        print(f"{report['faults']} faults, {seconds:.0f} s: {wrong or 'recovered'}", flush=True)
-    times = report["recovery_seconds"]
+def one_run(folder, number, clean, names, draw, steps):
+    """One damaged run, compared with the clean one; the record that goes into the JSON file."""
+    schedule = [draw_generation(draw, i, kind) for i, kind in enumerate(names)]
+    directory = folder / f"run-{number}"
+    code, seconds = run(directory, schedule, steps)
+    events = timeline(directory)
+    struck = collections.Counter(e["fault"]["kind"] for e in events if e["kind"] == "fault")
+    return {
+        "faults": names,
+        "struck": dict(struck),
+        "code": code,
+        "seconds": seconds,
+        "useful_seconds": steps * step_seconds(events),
+        "recovery_seconds": recovery_times(events),
+        "wrong": compare(directory, clean, code),
+    }
+
+
+def summary(runs):
+    """What all runs so far say together."""
+    times = [t for run in runs for t in run["recovery_seconds"]]
+    struck = collections.Counter()
+    for run in runs:
+        struck.update(run["struck"])
+    faults = sum(len(run["faults"]) for run in runs)
     recovery = quantile(times, 0.5)
-    report |= {
-        "recovered_runs": sum(not r["wrong"] for r in report["runs"]),
+    useful = sum(run["useful_seconds"] for run in runs)
+    return {
+        "faults": faults,
+        "struck": dict(struck),
+        "recovered_runs": sum(not run["wrong"] for run in runs),
         "recovery_median": recovery,
         "recovery_p95": quantile(times, 0.95),
-        "clean_seconds": clean_seconds,
-        "goodput": useful / wall,
+        "goodput": useful / sum(run["seconds"] for run in runs),
         # If a fault cost one recovery each and nothing else did, the first start included.
-        "goodput_bound": useful / (useful + recovery * (faults + len(report["runs"]))),
+        "goodput_bound": useful / (useful + recovery * (faults + len(runs))),
     }
-    return report
+
+
+def campaign(faults, per_run, seed, folder, kinds=None, runs=(), report=lambda runs: None):
+    """Run until `faults` were scheduled, those of the earlier `runs` included.
+
+    `report` gets all runs so far after each: a campaign takes long, and may be cut short.
+    """
+    runs = list(runs)
+    steps = num_steps(per_run)
+    clean = folder / "clean"
+    code, _ = run(clean, [], steps)
+    if code != 0:
+        raise SystemExit(f"the clean run failed with code {code}; see {clean}")
+    while (done := sum(len(run["faults"]) for run in runs)) < faults:
+        draw = random.Random(f"{seed} {len(runs)}")
+        count = min(per_run, faults - done)
+        names = draw.choices(list(KINDS), weights=list(KINDS.values()), k=count)
+        names = (kinds or names)[:count]
+        runs.append(one_run(folder, len(runs), clean, names, draw, steps))
+        report(runs)
+        print(
+            f"{done + count} faults, {runs[-1]['seconds']:.0f} s: "
+            f"{runs[-1]['wrong'] or 'recovered'}",
+            flush=True,
+        )
+    return {**summary(runs), "runs": runs}
 
 
 def main():
@@ -212,20 +239,26 @@ def main():
     parser.add_argument("--folder", type=pathlib.Path)
     options = parser.parse_args()
     folder = options.folder or pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
-    report = campaign(options.faults, options.per_run, options.seed, folder)
+    file = options.json
+    earlier = json.loads(file.read_text())["runs"] if file and file.exists() else []
+    save = lambda runs: (
+        file.write_text(json.dumps({**summary(runs), "runs": runs}, indent=1)) if file else None
+    )
+    report = campaign(
+        options.faults, options.per_run, options.seed, folder, runs=earlier, report=save
+    )
     wrong = [r for r in report["runs"] if r["wrong"]]
+    recoveries = sum(len(r["recovery_seconds"]) for r in report["runs"])
     print(
         f"{report['faults']} faults in {len(report['runs'])} runs "
         f"({', '.join(f'{n} {k}' for k, n in sorted(report['struck'].items()))} struck): "
         f"{report['recovered_runs']} runs recovered with every loss and the final state bitwise "
         f"equal to the clean run; {len(wrong)} wrong\n"
         f"time to recover: median {report['recovery_median']:.1f} s, 95 % "
-        f"{report['recovery_p95']:.1f} s over {len(report['recovery_seconds'])}\n"
+        f"{report['recovery_p95']:.1f} s over {recoveries}\n"
         f"goodput {report['goodput']:.2%} with a fault every {STEPS_PER_FAULT} steps; bound if "
         f"only recoveries cost time {report['goodput_bound']:.2%}"
     )
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
     print(f"everything is in {folder}")
     raise SystemExit(1 if wrong else 0)
 

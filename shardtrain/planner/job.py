@@ -45,6 +45,9 @@ class Job:
         offload: optimizer state and update live on the host.
         offload_activations: some saved activations live on the host.
         domain: chips joined by the fast links; 0: the chip's own.
+        optimizer_bytes: bytes per parameter of optimizer state beside the fp32 weights; Adam has 8.
+        flops_scale: FLOPs of the traced program over those of `model`'s formula.
+        activation_scale: the same for the bytes the backward pass reads.
     """
 
     model: Model
@@ -75,6 +78,9 @@ class Job:
     runtime_bytes: float = 0.0
     logit_bytes: float = 8.0
     tuned_attention: bool = True
+    optimizer_bytes: float = 8.0
+    flops_scale: float = 1.0
+    activation_scale: float = 1.0
 
     @property
     def replicas(self) -> float:

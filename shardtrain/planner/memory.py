@@ -101,17 +101,18 @@ def job_memory(job: Job) -> Memory:
     weights = (2.0 if mixed else 4.0) * (shard if shared and job.zero >= 3 else local)
     each = 4.0 if shared and job.zero >= 3 else job.gradient_bytes
     gradients = each * trained * (shard if shared and job.zero >= 2 else local)
-    master = 12.0 if mixed else 8.0
+    master = (4.0 if mixed else 0.0) + job.optimizer_bytes
     optimizer = 0.0 if job.offload else master * trained * shard
     split = job.tensor if job.sequence_parallel else 1
     boundary = 2 * job.tokens * m.d_model / split
-    block = block_bytes(job)
+    boundary *= job.activation_scale
+    block = block_bytes(job) * job.activation_scale
     kept = {"full": boundary, "selective": 0.5 * (block + boundary)}.get(job.remat, block)
     if job.remat == "full" and job.offload_activations:
         kept = 0.0
     layers = m.layers / job.pipeline
     activations = kept * layers * in_flight(job)
-    logits = job.logit_bytes * job.tokens * m.vocab / job.tensor
+    logits = job.activation_scale * job.logit_bytes * job.tokens * m.vocab / job.tensor
     if job.pipeline > 1:
         logits = max(0.0, logits - activations / 2)  # the last stage holds one microbatch only
     buffers = block if job.remat != "none" else 0.0

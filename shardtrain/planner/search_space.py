@@ -22,26 +22,28 @@ class Space:
         pipeline: stages; empty: divisors of the layer count up to 64.
         context: context sizes; empty: 1, and 2 to 8 from 32k tokens on.
         expert: expert sizes; empty: 1, or powers of two that divide the experts.
-        zero: sharding levels.
+        zero: sharding levels; 0 is plain data parallelism.
         remat: what is recomputed.
         precision: compute dtype.
         microbatch: sequences per model replica at a time; empty: divisors of its share.
         offload: whether the optimizer state lives on the host.
         schedule: pipeline schedules.
         virtual_stages: chunks per stage of an interleaved schedule.
+        runnable: only what `st.plan` runs in this version: no offload, no sequence parallelism.
     """
 
     tensor: Sequence[int] = ()
     pipeline: Sequence[int] = ()
     context: Sequence[int] = ()
     expert: Sequence[int] = ()
-    zero: Sequence[int] = (1, 3)
+    zero: Sequence[int] = (0, 1, 2, 3)
     remat: Sequence[str] = ("none", "dots", "full")
     precision: Sequence[str] = ("bf16",)
     microbatch: Sequence[int] = ()
     offload: Sequence[bool] = (False, True)
     schedule: Sequence[str] = ("1f1b", "interleaved")
     virtual_stages: Sequence[int] = field(default=(2, 4))
+    runnable: bool = False
 
 
 def _powers(limit: int) -> list[int]:
@@ -86,23 +88,25 @@ def _variants(
     micros = space.microbatch or _microbatches(global_batch // replicas, sequence // context)
     micros = [m for m in micros if m == 1 or m * replicas <= global_batch]
     shards = _shards(machine, replicas, expert, tensor * context)
-    for shard, zero, micro, remat, precision, offload, (schedule, virtual) in itertools.product(
-        shards, space.zero, micros, space.remat, space.precision, space.offload, schedules
+    levels = _levels(shards, space.zero if expert == 1 else [z for z in space.zero if z])
+    offloads = (False,) if space.runnable else space.offload
+    sequence_parallel = tensor > 1 and not space.runnable
+    for (shard, zero), micro, remat, precision, offload, (schedule, virtual) in itertools.product(
+        levels, micros, space.remat, space.precision, offloads, schedules
     ):
-        if shard == 1 and zero != space.zero[0]:
-            continue  # nothing to shard: the levels are one layout
         parts = max(1, global_batch // (micro * replicas))
         options = {
             "data": replicas // shard, "fsdp": shard // expert, "tensor": tensor,
-            "pipeline": pipeline, "context": context, "expert": expert, "zero": zero,
+            "pipeline": pipeline, "context": context, "expert": expert,
+            "zero": zero if shard > 1 else 3,
             "num_microbatches": parts, "schedule": schedule, "virtual_stages": virtual,
-            "remat": remat, "sequence_parallel": tensor > 1, "precision": precision,
+            "remat": remat, "sequence_parallel": sequence_parallel, "precision": precision,
             "equal_microbatches": parts > 1, "offload": offload,
         }  # fmt: skip
         kept = {"none": "none", "full": "full"}.get(remat, "selective")
         yield Job(
             model, machine.chip, machine.chip_count, sequence, micro, parts, tensor, pipeline,
-            context, expert, shard, zero, virtual, schedule, kept, precision, tensor > 1,
+            context, expert, shard, zero, virtual, schedule, kept, precision, sequence_parallel,
             offload=offload, domain=machine.domain_size,
         ), options  # fmt: skip
 
@@ -116,6 +120,12 @@ def _microbatches(share: int, sequence: int) -> list[int]:
     sizes = [k for k in _divisors(max(share, 1)) if k == 1 or k * sequence <= MOST_TOKENS]
     picked = sizes[:: max(1, -(-len(sizes) // 10))]
     return sorted({*picked, sizes[-1]})
+
+
+def _levels(shards: list[int], zero: Sequence[int]) -> list[tuple[int, int]]:
+    """(sharding group, level): level 0 shards nothing, the others over a group of at least two."""
+    plain = [(1, 0)] if 0 in zero or max(shards) == 1 else []
+    return plain + [(shard, level) for shard in shards for level in zero if shard > 1 and level]
 
 
 def _shards(machine: Hardware, replicas: int, expert: int, inside: int) -> list[int]:

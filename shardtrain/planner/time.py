@@ -64,12 +64,13 @@ def _compute(job: Job, c: Constants) -> dict[str, float]:
     launches *= blocks * (1 + 0.3 * repeat)
     if job.chip.kind == "tpu":
         launches *= 0.1  # one program per step, no kernel launches from the host
+    work = job.flops_scale
     return {
-        "matmul": linear * (1 + backward) * blocks,
-        "attention": (attention_forward + attention_backward) * blocks,
-        "elementwise": elementwise * blocks,
-        "logits": logits * (1 + m.mtp),
-        "recompute": again * blocks,
+        "matmul": work * linear * (1 + backward) * blocks,
+        "attention": work * (attention_forward + attention_backward) * blocks,
+        "elementwise": job.activation_scale * elementwise * blocks,
+        "logits": work * logits * (1 + m.mtp),
+        "recompute": work * again * blocks,
         "launch": launches,
     }
 

@@ -2,8 +2,8 @@
 
 XLA takes copies of an array on several devices to be equal and never compares them. Each device
 hashes its own shards; along the mesh axes that a leaf is replicated over, the largest and the
-smallest hash must agree. One number per leaf leaves the devices. A leaf that is sharded over all
-axes has no copy to compare with.
+smallest hash must agree. All leaves are compared by one program; one bit per leaf leaves the
+devices. A leaf that is sharded over all axes has no copy to compare with.
 """
 
 import collections
@@ -50,17 +50,22 @@ def replica_divergence(state: Any) -> tuple[Divergence, ...]:
         One entry per leaf and shard whose copies differ; empty when all is well. Leaves with no
         second copy are not checked.
     """
-    hashes = {
-        name: _hash_copies(leaf)
-        for name, leaf in named_leaves(state).items()
-        if isinstance(leaf, jax.Array) and _replicated_axes(leaf.sharding)
-    }
-    verdicts = jax.device_get({name: diverged for name, (diverged, _, _) in hashes.items()})
-    found: list[Divergence] = []
-    for name, diverged in verdicts.items():
-        if diverged:
-            found.extend(_name_devices(name, *hashes[name][1:]))
-    return tuple(found)
+    by_mesh: dict[Any, dict[str, jax.Array]] = collections.defaultdict(dict)
+    for name, leaf in named_leaves(state).items():
+        if isinstance(leaf, jax.Array) and _replicated_axes(leaf.sharding):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = key_words(leaf)
+            by_mesh[_placement(leaf).mesh][name] = leaf
+    return tuple(d for mesh, named in by_mesh.items() for d in _diverged(mesh, named))
+
+
+def has_replicas(abstract_state: Any) -> bool:
+    """Whether any leaf has a second copy, so that there is something to compare.
+
+    Args:
+        abstract_state: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+    """
+    return any(_replicated_axes(leaf.sharding) for leaf in named_leaves(abstract_state).values())
 
 
 def _replicated_axes(sharding: Any) -> tuple[str, ...]:
@@ -71,33 +76,51 @@ def _replicated_axes(sharding: Any) -> tuple[str, ...]:
     return tuple(a for a, n in sharding.mesh.shape.items() if n > 1 and a not in used)
 
 
-def _hash_copies(leaf: jax.Array) -> tuple[jax.Array, jax.Array, Mesh]:
-    """Whether copies differ, `[devices, 3]` (shard number, two hash lanes), and their mesh."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = key_words(leaf)
-    sharding = leaf.sharding
-    assert isinstance(sharding, NamedSharding)
-    mesh = sharding.mesh
-    assert isinstance(mesh, Mesh)
+def _placement(leaf: jax.Array) -> NamedSharding:
+    assert isinstance(leaf.sharding, NamedSharding)  # only such leaves have copies to compare
+    return leaf.sharding
+
+
+def _diverged(mesh: Mesh, named: dict[str, jax.Array]) -> list[Divergence]:
+    """Compare leaves of one mesh by one program: two at a time could wait for each other."""
+    leaves = tuple(named.values())
+    specs = tuple(_placement(leaf).spec for leaf in leaves)
+    copied = tuple(_replicated_axes(leaf.sharding) for leaf in leaves)
     with jax.set_mesh(mesh):
-        return *_compare(mesh, sharding.spec, _replicated_axes(sharding))(leaf), mesh
+        verdicts, tables = _compare(mesh, specs, copied)(leaves)
+    found: list[Divergence] = []
+    for number, name in enumerate(named):
+        if jax.device_get(verdicts)[number]:
+            found.extend(_name_devices(name, tables[number], mesh))
+    return found
 
 
 @functools.cache
-def _compare(mesh: Mesh, spec: PartitionSpec, copied: tuple[str, ...]) -> Any:
-    """The compiled comparison for one placement; kept, so that each is traced once."""
-    sharded = tuple(a for a in mesh.axis_names if a not in copied)
+def _compare(
+    mesh: Mesh, specs: tuple[PartitionSpec, ...], copied: tuple[tuple[str, ...], ...]
+) -> Any:
+    """The compiled comparison for one layout; kept, so that each is traced once.
 
-    def local(shard: jax.Array) -> tuple[jax.Array, jax.Array]:
+    Returns:
+        leaves -> whether copies differ `[leaves]`, and per leaf `[devices, 3]`: shard number and
+        the two hash lanes of that device's copy.
+    """
+
+    def one(shard: jax.Array, copied: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+        sharded = tuple(a for a in mesh.axis_names if a not in copied)
         shard = jax.device_put(shard, jax.memory.Space.Device)  # offloaded leaves lie on the host
         hashed = jnp.stack(lanes(words(shard), linear_index(shard.shape), jnp.uint32(0)))
         differs = jax.lax.pmax(hashed, copied) != jax.lax.pmin(hashed, copied)
-        anywhere = jax.lax.pmax(jnp.any(differs).astype(jnp.uint32), mesh.axis_names)
         shard_number = jnp.uint32(jax.lax.axis_index(sharded)) if sharded else jnp.uint32(0)
-        return anywhere, jnp.concatenate([shard_number[None], hashed])[None]
+        return jnp.any(differs), jnp.concatenate([shard_number[None], hashed])[None]
 
-    out = (PartitionSpec(), PartitionSpec(mesh.axis_names))
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=out, check_vma=False)
+    def local(shards: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        differ, tables = zip(*map(one, shards, copied), strict=True)
+        anywhere = jax.lax.pmax(jnp.stack(differ).astype(jnp.uint32), mesh.axis_names)
+        return anywhere, tables
+
+    out = (PartitionSpec(), tuple(PartitionSpec(mesh.axis_names) for _ in specs))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)
     return jax.jit(mapped)
 
 

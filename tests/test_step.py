@@ -136,7 +136,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(everyth
     state, metrics = plan.step(state, batch)
     after = host(state)
     moved = {p for p in before if not np.array_equal(before[p], after[p])}
-    assert moved == {"step", "skipped", "variables/dropout/rngs/count"}
+    assert moved == {"step", "skipped"}  # as if the batch had not been there
     assert (int(state.step), int(state.skipped), int(metrics["skipped"])) == (2, 1, 1)
     state, metrics = plan.step(state, FULL)
     assert (int(state.skipped), int(metrics["skipped"])) == (1, 0)

@@ -22,7 +22,7 @@ def make_step(
     max_grad_norm: float | None,
     shard_update: Callable[[Any], Any],
 ) -> Step:
-    """Gradient, clip, update; a step that is not finite changes nothing and is counted.
+    """Gradient, clip, update; a step that is not finite is counted and changes nothing else.
 
     Args:
       grad_fn: Sums of gradients over the global batch.
@@ -58,7 +58,7 @@ def make_step(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
-            variables=keep_finite(finite, found.variables, state.variables),
+            variables=keep(found.variables, state.variables),
             skipped=state.skipped + (1 - finite.astype(jnp.int32)),
         )
         clash = sorted(set(found.output.metrics) & set(RESERVED_METRICS))
@@ -77,17 +77,6 @@ def make_step(
         return new_state, metrics
 
     return step
-
-
-def keep_finite(finite: jax.Array, new: Any, old: Any) -> Any:
-    """New variables where the step counts; rng counters always move on."""
-
-    def choose(n: jax.Array, o: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(n.dtype, jnp.floating):
-            return n
-        return jnp.where(finite, n, o)
-
-    return jax.tree.map(choose, new, old)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -12,7 +12,17 @@ from shardtrain.train.gradients import (
     value_and_grad,
 )
 from shardtrain.train.state import TrainState, with_rng
-from shardtrain.train.step import RESERVED_METRICS, Step, clip, make_eval, make_step, over_rows
+from shardtrain.train.step import (
+    RESERVED_METRICS,
+    Step,
+    clip,
+    global_norm,
+    make_eval,
+    make_step,
+    make_update,
+    over_rows,
+    step_metrics,
+)
 
 __all__ = [
     "RESERVED_METRICS",
@@ -23,12 +33,15 @@ __all__ = [
     "TrainState",
     "clip",
     "first_microbatch_key",
+    "global_norm",
     "make_eval",
     "make_step",
+    "make_update",
     "over_microbatches",
     "over_rows",
     "per_replica",
     "split_batch",
+    "step_metrics",
     "sum_replicas",
     "value_and_grad",
     "with_rng",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from shardtrain.errors import LossContractError
+from shardtrain.modules.losses import LossOutput
 from shardtrain.train.gradients import GradFn, LossFn
 from shardtrain.train.state import TrainState
 
@@ -35,8 +36,7 @@ def make_step(
       `(state, batch) -> (state, metrics)`.
     """
 
-    # Some transformations want the loss (`reduce_on_plateau`); the others ignore it.
-    update = optax.with_extra_args_support(optimizer).update
+    apply = make_update(optimizer, max_grad_norm, shard_update)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
@@ -44,39 +44,74 @@ def make_step(
         weight = found.output.loss.weight
         # A weight of 0 makes these nan, and the step is not taken: nothing to guard per number.
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), found.grads)
+        return apply(state, grads, found.output, found.variables)
+
+    return step
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float | None,
+    shard_update: Callable[[Any], Any],
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The part of a step behind the gradient; arguments as `make_step`.
+
+    Returns:
+      `(state, mean gradients, output sums, variables, finite=True, ready=True) -> (state,
+      metrics)`. `finite` is one more condition for the step to be taken; where `ready` is False
+      parameters do not change either, but the step does not count as skipped.
+    """
+    # Some transformations want the loss (`reduce_on_plateau`); the others ignore it.
+    update = optax.with_extra_args_support(optimizer).update
+
+    def apply(
+        state: TrainState,
+        grads: Any,
+        output: LossOutput,
+        variables: Any,
+        finite: Any = True,
+        ready: Any = True,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         norm = global_norm(grads)
-        loss = found.output.loss.value
+        loss, weight = output.loss.value, output.loss.weight
         if max_grad_norm is not None:
             grads = clip(grads, norm, max_grad_norm)
-        finite = jnp.isfinite(found.output.loss.total / weight) & jnp.isfinite(norm)
+        finite = finite & jnp.isfinite(output.loss.total / weight) & jnp.isfinite(norm)
 
         params = shard_update(state.params)
         updates, opt_state = update(shard_update(grads), state.opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        keep = lambda take, new, old: jax.tree.map(lambda n, o: jnp.where(take, n, o), new, old)
         new_state = state.replace(
             step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            variables=keep(found.variables, state.variables),
+            params=keep(finite & ready, params, state.params),
+            opt_state=keep(finite & ready, opt_state, state.opt_state),
+            variables=keep(finite, variables, state.variables),
             skipped=state.skipped + (1 - finite.astype(jnp.int32)),
         )
-        clash = sorted(set(found.output.metrics) & set(RESERVED_METRICS))
-        if clash:
-            raise LossContractError(
-                f"metric name {clash[0]!r} is shardtrain's own (reserved: "
-                f"{', '.join(RESERVED_METRICS)}); rename it"
-            )
-        metrics = {name: mean.value for name, mean in found.output.metrics.items()}
-        metrics |= {
-            "loss": loss,
+        metrics = step_metrics(output) | {
             "grad_norm": jnp.where(weight > 0, norm, 0.0),
-            "weight": weight,
             "skipped": 1 - finite.astype(jnp.int32),
         }
         return new_state, metrics
 
-    return step
+    return apply
+
+
+def step_metrics(output: LossOutput) -> dict[str, jax.Array]:
+    """Loss, weight and the user's metrics as scalars.
+
+    Raises:
+      LossContractError: A metric of the user has a name of ours.
+    """
+    clash = sorted(set(output.metrics) & set(RESERVED_METRICS))
+    if clash:
+        raise LossContractError(
+            f"metric name {clash[0]!r} is shardtrain's own (reserved: "
+            f"{', '.join(RESERVED_METRICS)}); rename it"
+        )
+    metrics = {name: mean.value for name, mean in output.metrics.items()}
+    return metrics | {"loss": output.loss.value, "weight": output.loss.weight}
 
 
 def global_norm(tree: Any) -> jax.Array:

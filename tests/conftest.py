@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and one compilation cache for all workers."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,6 +9,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import pytest
+
+# A background job of a shell ignores Ctrl-C, and so would what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = os.environ.get(
     "SHARDTRAIN_TEST_CACHE", os.path.join(tempfile.gettempdir(), "shardtrain-test-cache")

@@ -356,7 +356,10 @@ def test_ctrl_c_saves_the_last_step(text, tmp_path):
         if line.startswith("step 1/"):
             process.send_signal(signal.SIGINT)
             break
-    rest, err = process.communicate(timeout=120)
+    try:
+        rest, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, seen + rest + err
     assert "Traceback" not in err
     steps = [int(p.name) for p in out.iterdir() if p.name.isdigit()]

@@ -12,7 +12,8 @@ PACKAGE = Path(st.__file__).parent
 
 LAYERS = (
     ("errors", "pytree", "hardware", "compat", "tables"),
-    ("strategy",),
+    ("replay",),
+    ("algorithms", "strategy"),
     ("modules", "mesh"),
     ("partitioning",),
     ("train", "pipeline", "ops"),

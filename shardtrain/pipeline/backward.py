@@ -21,6 +21,7 @@ from shardtrain.pipeline.flight import (
 )
 from shardtrain.pipeline.head import add_first, add_sides, head
 from shardtrain.pipeline.split_backward import SplitBackward, split_backward
+from shardtrain.train.widen import widen
 
 
 def backward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
@@ -70,7 +71,7 @@ def pullback(
         return floats_first(y)
 
     y, pull, others = jax.vjp(stage, chunk, soft, floats, has_aux=True)
-    return merge_like(x, y, others), pull
+    return merge_like(x, y, others), widen(pull, lambda out: out[0])
 
 
 def split_pullback(
@@ -121,10 +122,13 @@ def weights(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
     """Slot W: weight gradients from what slot B kept."""
     active, v = row["W"] >= 0, jnp.maximum(row["Wv"], 0)
     cut = cut_of(tick, flight, blocks)
-    prepared, pull = jax.vjp(tick.stages.prepare, take(blocks, v))
     kept = take(flight.residuals, row["weight_read"])
-    grads = jax.vmap(cut.weights, spmd_axis_name=AXIS)(*prepared, *kept)
-    return add_chunk(tick, flight, active, v, pull(grads)[0])
+
+    def gradients(chunk: list, kept: list) -> list:
+        prepared, pull = jax.vjp(tick.stages.prepare, chunk)
+        return pull(jax.vmap(cut.weights, spmd_axis_name=AXIS)(*prepared, *kept))[0]
+
+    return add_chunk(tick, flight, active, v, widen(gradients)(take(blocks, v), kept))
 
 
 def cut_of(tick: Tick, flight: Flight, blocks: list[Any]) -> SplitBackward:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from shardtrain.pipeline.buffers import where, zeros_like
 from shardtrain.pipeline.flight import Flight, Tick, add, is_float, merge
+from shardtrain.train.widen import widen
 
 
 def head(
@@ -25,9 +26,8 @@ def head(
 
     def compute() -> tuple[list, list, list]:
         floats = [a for a in carry if is_float(a)]
-        (d_outer, d_carry), out = jax.grad(loss, argnums=(0, 1), has_aux=True)(
-            tick.outer.params, floats
-        )
+        gradient = widen(jax.grad(loss, argnums=(0, 1), has_aux=True), lambda out: out[0][0])
+        (d_outer, d_carry), out = gradient(tick.outer.params, floats)
         return d_outer, tick.place.microbatch(d_carry), out
 
     if tick.schedule.virtual_stages == 1:
@@ -58,7 +58,7 @@ def add_sides(
         return [found[n] for n in smooth]
 
     _, pull = jax.vjp(again, tick.outer.params)
-    (d_outer,) = pull(where(active, grads, zeros_like(grads)))
+    (d_outer,) = widen(pull)(where(active, grads, zeros_like(grads)))
     return dataclasses.replace(
         flight, outer_grads=add(flight.outer_grads, jnp.bool_(True), d_outer)
     )
@@ -77,7 +77,7 @@ def add_first(
 
     def compute() -> list[Any]:
         _, pull = jax.vjp(again, tick.outer.params)
-        return pull(arrived)[0]
+        return widen(pull)(arrived)[0]
 
     if tick.schedule.virtual_stages == 1:
         d_outer = compute()

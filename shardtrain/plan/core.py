@@ -221,9 +221,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
 def _gradient_findings(gradients: GradientPlan, strategy: Strategy) -> tuple[str, ...]:
     if not gradients.reason:
         return ()
-    if strategy.num_microbatches > 1:
-        return (
-            f"gradients are reduced in each of {strategy.num_microbatches} microbatches, not once "
-            f"per step: {gradients.reason}",
-        )
-    return (f"gradients are reduced in bf16, not float32: {gradients.reason}",)
+    return (
+        f"gradients are reduced in each of {strategy.num_microbatches} microbatches, not once "
+        f"per step: {gradients.reason}",
+    )

@@ -1,8 +1,8 @@
 """Which gradient function a plan runs: composed from the wrappers of `train.gradients`.
 
 Design: where a loss is proven to be a sum over examples, each replica adds up its own gradients
-and they are reduced once per step, in float32. Where it is not (batch statistics, dropout masks
-drawn for the whole batch), the partitioner reduces within each microbatch, which is always right.
+and they are reduced once per step. Where it is not (batch statistics), the partitioner reduces
+within each microbatch, which is always right. Either way the sums are float32.
 """
 
 import math
@@ -15,6 +15,7 @@ import jax.extend.core as jex
 
 from shardtrain.errors import LossContractError
 from shardtrain.partitioning.infer.independence import Independence, batch_independence
+from shardtrain.plan.draws import draw_for_batch, hidden_draw
 from shardtrain.plan.known_bugs import KnownBugs, check_known_bugs
 from shardtrain.plan.layout import Layout
 from shardtrain.strategy import Strategy
@@ -63,7 +64,7 @@ def make_gradients(
     axes = _local_axes(layout, s)
     reason = ""
     bugs = KnownBugs()
-    if not many and s.precision != "bf16":
+    if not many:
         axes = ()
     if axes or set(layout.batch_axes) != {a for a, n in layout.sizes.items() if n > 1}:
         bugs = check_known_bugs(proof_loss, layout, s)
@@ -72,7 +73,10 @@ def make_gradients(
         axes = () if reason else axes
     if many and not s.equal_microbatches:
         _refuse_constant_weight(proof_loss, layout, s.num_microbatches)
-    grad_fn = value_and_grad(bugs.avoid(loss_for(axes)))
+    loss = loss_for(axes)
+    if axes:
+        loss = draw_for_batch(loss, math.prod(layout.sizes[a] for a in axes))
+    grad_fn = value_and_grad(bugs.avoid(loss), float32_sums=s.precision == "bf16")
     constrain = layout.constrain(layout.grad_specs)
     if axes:
         replicas = math.prod(layout.sizes[a] for a in axes)
@@ -155,17 +159,22 @@ def prove_sum_over_examples(loss: LossFn, layout: Layout, s: Strategy) -> Indepe
     if s.num_microbatches > 1:
         split = jax.eval_shape(lambda b: split_batch(b, s.num_microbatches), microbatch)
         microbatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), split)
-    changed = _changed_variables(loss, plain(state.params), plain(state.variables), microbatch)
+    params, variables, key = plain(state.params), plain(state.variables), plain(state.rng)
+    changed = _changed_variables(loss, params, variables, microbatch)
     if changed:
         return Independence(False, f"the model updates its variables ({changed})", "")
-    return batch_independence(
-        sums,
-        plain(state.params),
-        microbatch,
-        plain(state.variables),
-        plain(state.rng),
-        parts=math.prod(layout.sizes[a] for a in _local_axes(layout, s)),
+    parts = math.prod(layout.sizes[a] for a in _local_axes(layout, s))
+    # Draws for the whole batch are made for the whole batch (`draw_for_batch`).
+    found = batch_independence(
+        sums, params, microbatch, variables, key, parts=parts, ignore_random=True
     )
+    if found.ok:
+        rows = lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)
+        own = jax.tree.map(rows, microbatch)
+        if line := hidden_draw(loss, parts, params, variables, own, key):
+            reason = "random numbers for the whole batch are drawn inside a custom derivative"
+            return Independence(False, reason, line)
+    return found
 
 
 def _changed_variables(loss: LossFn, params: Any, variables: Any, batch: Any) -> str:

@@ -19,13 +19,12 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
-from jax import lax
 
-from shardtrain.compat import scan_counts
 from shardtrain.errors import CompilerBugError
 from shardtrain.partitioning.infer.source import source_line
 from shardtrain.plan.kernel_gradient import kernel_gradient
 from shardtrain.plan.layout import Layout
+from shardtrain.replay import bind, bodies, contains, read, reopen, start
 from shardtrain.strategy import Strategy
 from shardtrain.train import LossFn
 
@@ -102,7 +101,7 @@ def _convolutions(
             yield eqn, line, inside
         name = eqn.primitive.name
         # `while` has no reverse-mode derivative, so nothing inside it is transposed.
-        opened = name in _REPLAY or name == "while"
+        opened = bool(bodies(eqn)) or name == _CONV or name == "while"
         for sub in jex.jaxprs_in_params(eqn.params):
             yield from _convolutions(sub, line, inside or ("" if opened else name))
 
@@ -121,77 +120,28 @@ def _refuse(eqn: jex.JaxprEqn, line: str, inside: str, axis: str, size: int) -> 
     )
 
 
-def _has_grouped(eqn: jex.JaxprEqn) -> bool:
-    subs = jex.jaxprs_in_params(eqn.params)
-    return _grouped(eqn) or any(_has_grouped(e) for sub in subs for e in sub.eqns)
-
-
 # -- rewriting --------------------------------------------------------------------------------
 
 
 def _evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    jaxpr = closed.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
-    for eqn in jaxpr.eqns:
-        replay = _REPLAY.get(eqn.primitive.name) if _has_grouped(eqn) else None
-        outs = (replay or _bind)(eqn, [read(a) for a in eqn.invars])
+    env = start(closed, args)
+    for eqn in closed.jaxpr.eqns:
+        ins = [read(env, a) for a in eqn.invars]
+        inside = bodies(eqn)
+        if _grouped(eqn):
+            outs = [grouped_convolution(eqn)(*ins)]
+        elif inside and contains(eqn, _grouped):
+            outs = reopen(eqn, ins, [lambda *args, b=b: _evaluate(b, args) for b in inside])
+        else:
+            outs = bind(eqn, ins)
         env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(a) for a in jaxpr.outvars]
-
-
-def _bind(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
-    """One equation as it was traced."""
-    inputs: list[Any] = [jex.Var(a.aval) for a in eqn.invars]
-    outputs = [jex.Var(v.aval) for v in eqn.outvars]
-    alone = eqn.replace(invars=inputs, outvars=outputs)
-    debug = jex.DebugInfo("known_bugs", "one equation", ("",) * len(inputs), ("",) * len(outputs))
-    jaxpr = jex.Jaxpr((), inputs, outputs, [alone], eqn.effects, debug)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*ins)
-
-
-def _as_function(jaxpr: Any) -> Callable[..., list[Any]]:
-    closed = jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ())
-    return lambda *args: _evaluate(closed, args)
-
-
-def _replay_conv(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
-    return [grouped_convolution(eqn)(*ins)]
-
-
-def _replay_jit(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
-    return _as_function(eqn.params["jaxpr"])(*ins)
-
-
-def _replay_remat(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
-    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(_as_function(eqn.params["jaxpr"]), **options)(*ins)
-
-
-def _replay_scan(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
-    p = eqn.params
-    body = _as_function(p["jaxpr"])
-    first, carried = scan_counts(p)
-    last = first + carried
-
-    def step(carry: Any, xs: Any) -> Any:
-        out = body(*ins[:first], *carry, *xs)
-        return out[:carried], out[carried:]
-
-    options = {name: p[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(step, ins[first:last], ins[last:], **options)
-    return [*carry, *ys]
-
-
-def _replay_cond(eqn: jex.JaxprEqn, ins: list[Any]) -> list[Any]:
-    return lax.switch(ins[0], [_as_function(b) for b in eqn.params["branches"]], *ins[1:])
+    return [read(env, a) for a in closed.jaxpr.outvars]
 
 
 def grouped_convolution(eqn: jex.JaxprEqn) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A traced grouped convolution as a function of input and kernel, with its own gradient."""
     p = eqn.params
-    plain = lambda lhs, rhs: _bind(eqn, [lhs, rhs])[0]
+    plain = lambda lhs, rhs: bind(eqn, [lhs, rhs])[0]
     conv = jax.custom_vjp(plain)
 
     def backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> Any:
@@ -201,15 +151,3 @@ def grouped_convolution(eqn: jex.JaxprEqn) -> Callable[[jax.Array, jax.Array], j
 
     conv.defvjp(lambda lhs, rhs: (plain(lhs, rhs), (lhs, rhs)), backward)
     return conv
-
-
-_REPLAY: dict[str, Callable[[jex.JaxprEqn, list[Any]], list[Any]]] = {
-    _CONV: _replay_conv,
-    "jit": _replay_jit,
-    "pjit": _replay_jit,
-    "checkpoint": _replay_remat,
-    "remat": _replay_remat,
-    "remat2": _replay_remat,
-    "scan": _replay_scan,
-    "cond": _replay_cond,
-}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.modules.losses import LossOutput
+from shardtrain.train.widen import widen
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[LossOutput, Any]]
 """`(params, variables, batch, key) -> (sums, new variables)`."""
@@ -37,8 +38,13 @@ class Gradients:
 GradFn = Callable[[Any, Any, Any, jax.Array], Gradients]
 
 
-def value_and_grad(loss_fn: LossFn) -> GradFn:
-    """The gradient of the loss total of one batch."""
+def value_and_grad(loss_fn: LossFn, float32_sums: bool = False) -> GradFn:
+    """The gradient of the loss total of one batch.
+
+    Args:
+      loss_fn: The loss.
+      float32_sums: It computes in bfloat16; its gradients are to be summed in float32.
+    """
 
     def total(params: Any, variables: Any, batch: Any, key: jax.Array) -> Any:
         output, new_variables = loss_fn(params, variables, batch, key)
@@ -50,7 +56,7 @@ def value_and_grad(loss_fn: LossFn) -> GradFn:
         )
         return Gradients(grads, output, new)
 
-    return grad_fn
+    return widen(grad_fn, lambda found: found.grads) if float32_sums else grad_fn
 
 
 def split_batch(batch: Any, parts: int) -> Any:

@@ -149,7 +149,7 @@ def random_bits(op: Op) -> list[Value]:
     scaled = op.scaled()
     if not scaled:
         return [Value(Kind.SAME)]
-    if op.ignore_random and len(scaled) == 1:
+    if op.ignore_random and op.name in names.DRAWS and len(scaled) == 1:
         return [examples(scaled[0])]
     return [op.mixed("random numbers are drawn for the whole batch at once (as dropout does)")]
 

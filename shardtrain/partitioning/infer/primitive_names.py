@@ -24,7 +24,8 @@ REDUCE_NOT_SUM = _words("""
 ALONG_AXIS = _words("""
     sort cumsum cumprod cummax cummin cumlogsumexp top_k approx_top_k split unstack rev fft
 """)
-RANDOM = _words("random_bits random_split random_gamma rng_bit_generator")
+DRAWS = _words("random_bits random_split")  # draws whose shape is a parameter, not an operand's
+RANDOM = DRAWS | _words("random_gamma rng_bit_generator")
 RANDOM_KEYS = _words("random_wrap random_unwrap random_clone")
 PASSTHROUGH = _words("optimization_barrier device_put")
 SCATTER = _words("scatter scatter-add scatter_add scatter-mul scatter-min scatter-max scatter-sub")

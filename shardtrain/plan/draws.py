@@ -1,0 +1,139 @@
+"""Random numbers drawn for the whole batch, in a loss that runs one replica's rows at a time.
+
+Dropout draws a mask of the batch's shape. A replica that drew for its own rows alone would draw
+other numbers than one device does (and the same ones as every other replica). Here each such draw
+is made for the whole batch, as on one device, and a replica uses its part. Nothing is
+communicated: JAX's counter-based generator gives every device the numbers it needs.
+
+Which draws these are, and along which dim, is seen by tracing the loss at both batch sizes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from shardtrain.partitioning.infer.primitive_names import DRAWS
+from shardtrain.partitioning.infer.source import source_line
+from shardtrain.replay import bind, bodies, contains, read, reopen, start
+from shardtrain.train import LossFn
+
+Split = Callable[[Callable[..., jax.Array], Sequence[Any], int], jax.Array]
+"""`(draw, ins, dim) -> ` this replica's part of `draw(*ins)` along `dim`."""
+
+
+def draw_for_batch(loss: LossFn, num_replicas: int) -> LossFn:
+    """The loss of one replica's rows with the random numbers those rows get on one device.
+
+    Args:
+      loss: `(params, variables, batch, key) -> (sums, new variables)`; proven a sum over examples
+        with `batch_independence(..., ignore_random=True)` and `hidden_draw` finding none.
+      num_replicas: Parts of the batch, R; the result must run under `jax.vmap` over the batch.
+    """
+
+    def drawing(params: Any, variables: Any, batch: Any, key: jax.Array) -> Any:
+        args = params, variables, batch, key
+        own, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
+        if not any(contains(eqn, _draws) for eqn in own.jaxpr.eqns):
+            return loss(*args)
+        whole = _whole_batch(loss, num_replicas, *args)
+        split = _splitter(num_replicas, jax.tree.leaves(batch)[0])
+        outs = _evaluate((own, whole), jax.tree.leaves(args), split)
+        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+
+    return drawing
+
+
+def hidden_draw(loss: LossFn, num_replicas: int, *args: Any) -> str:
+    """Source line of a draw shaped by the batch that `draw_for_batch` cannot reach, or nothing.
+
+    Args:
+      loss: The loss.
+      num_replicas: Parts of the batch.
+      args: Abstract params, variables, one replica's batch, and key.
+    """
+    own = jax.make_jaxpr(loss)(*args)
+    return next(_hidden((own, _whole_batch(loss, num_replicas, *args)), False), "")
+
+
+def _whole_batch(loss: LossFn, num_replicas: int, *args: Any) -> jex.ClosedJaxpr:
+    params, variables, batch, key = jax.tree.map(_abstract, args)
+    larger = lambda x: jax.ShapeDtypeStruct((num_replicas * x.shape[0], *x.shape[1:]), x.dtype)
+    return jax.make_jaxpr(loss)(params, variables, jax.tree.map(larger, batch), key)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
+
+
+def _draws(eqn: jex.JaxprEqn) -> bool:
+    return eqn.primitive.name in DRAWS
+
+
+def _grown_dim(own: jex.JaxprEqn, whole: jex.JaxprEqn) -> int | None:
+    """The dim along which a draw is shaped by the batch; None: it is not, or its key is."""
+    shapes = lambda atoms: [a.aval.shape for a in atoms]
+    if shapes(own.invars) != shapes(whole.invars):
+        return None  # one key per example: those are split already
+    (small,), (large,) = shapes(own.outvars), shapes(whole.outvars)
+    return next((d for d, (m, n) in enumerate(zip(small, large, strict=True)) if m != n), None)
+
+
+def _hidden(pair: tuple[Any, Any], inside: bool) -> Iterator[str]:
+    for own, whole in zip(pair[0].jaxpr.eqns, pair[1].jaxpr.eqns, strict=True):
+        if inside and _draws(own) and _grown_dim(own, whole) is not None:
+            yield source_line(own, "<unknown>")
+        closed = bodies(own)
+        if closed:
+            for inner in zip(closed, bodies(whole), strict=True):
+                yield from _hidden(inner, inside)
+        else:
+            subs = (list(jex.jaxprs_in_params(eqn.params)) for eqn in (own, whole))
+            for a, b in zip(*subs, strict=True):
+                yield from _hidden((jex.ClosedJaxpr(a, ()), jex.ClosedJaxpr(b, ())), True)
+
+
+def _evaluate(pair: tuple[Any, Any], args: Sequence[Any], split: Split) -> list[Any]:
+    own, whole = pair
+    env = start(own, args)
+    for a, b in zip(own.jaxpr.eqns, whole.jaxpr.eqns, strict=True):
+        ins = [read(env, atom) for atom in a.invars]
+        dim = _grown_dim(a, b) if _draws(a) else None
+        if dim is not None:
+            outs = [split(lambda *x, b=b: bind(b, x)[0], ins, dim)]
+        elif bodies(a) and contains(a, _draws):
+            pairs = zip(bodies(a), bodies(b), strict=True)
+            outs = reopen(a, ins, [lambda *x, p=p: _evaluate(p, x, split) for p in pairs])
+        else:
+            outs = bind(a, ins)
+        env.update(zip(a.outvars, outs, strict=True))
+    return [read(env, atom) for atom in own.jaxpr.outvars]
+
+
+def _splitter(num_replicas: int, row_like: jax.Array) -> Split:
+    """Takes a replica's part of a draw, by the batching rule of `jax.vmap` over replicas."""
+
+    def split(draw: Callable[..., jax.Array], ins: Sequence[Any], dim: int) -> jax.Array:
+        def parts(*ins: Any) -> jax.Array:
+            whole = draw(*ins)
+            shape = whole.shape
+            inner = shape[dim] // num_replicas
+            apart = whole.reshape(*shape[:dim], num_replicas, inner, *shape[dim + 1 :])
+            return jnp.moveaxis(apart, dim, 0)
+
+        @jax.custom_batching.custom_vmap
+        def mine(_: jax.Array, *ins: Any) -> jax.Array:
+            return parts(*ins)[0]  # not mapped: only shapes are looked at
+
+        @mine.def_vmap
+        def _(size: int, mapped: Sequence[bool], _: jax.Array, *ins: Any) -> tuple[jax.Array, bool]:
+            assert size == num_replicas
+            # Keys are the same for all replicas, also where a loop carries them mapped.
+            return parts(*(x[0] if m else x for x, m in zip(ins, mapped[1:], strict=True))), True
+
+        # Anything mapped over replicas will do: its values are not used.
+        return mine(jax.lax.stop_gradient(jnp.ravel(row_like)[0]), *ins)
+
+    return split

@@ -1,0 +1,281 @@
+"""Gradients of bfloat16 programs in float32, from the first sum to the last.
+
+Autodiff gives a weight gradient the dtype of the weight as it was used: a matmul of bfloat16
+arrays writes its sum over the batch in bfloat16, the partitioner adds those over the mesh in
+bfloat16, loops over layers add in bfloat16. Casting afterwards is too late. Here the traced
+gradient is followed back from its outputs through everything that only moves or adds gradients
+(transposes, loops, rematerialised blocks, sharding constraints) to the operations that make them;
+those write float32 instead, which matrix units compute anyway.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import lax
+
+from shardtrain.compat import scan_counts
+from shardtrain.replay import bind, bodies, closed, contains, read, reopen, start
+
+_MOVES = frozenset(
+    (
+        *("add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p"),
+        *("dynamic_update_slice", "expand_dims", "mul", "neg", "optimization_barrier", "pad"),
+        *("reshape", "rev", "sharding_constraint", "slice", "squeeze", "transpose"),
+    )
+)
+_CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+_SUMS = frozenset({"reduce_sum", "scatter-add", "scatter_add"})
+_INDEX_OPERANDS = {
+    "scatter-add": (1,),
+    "scatter_add": (1,),
+    "dynamic_update_slice": (2, 3, 4, 5, 6),
+}
+
+Vars = set[jex.Var]
+
+
+def widen(fn: Callable[..., Any], wanted: Callable[[Any], Any] = lambda out: out) -> Any:
+    """The same function, whose wanted outputs are computed and summed in float32.
+
+    Args:
+      fn: A gradient function of arrays, traceable by `jax.make_jaxpr`.
+      wanted: Picks from the function's result the part to widen; by default all of it.
+
+    Returns:
+      A function of the same arguments. Wanted outputs of a narrower floating-point dtype come
+      back as float32; the others as they were.
+
+    Example:
+      >>> x = jax.numpy.ones((4, 2), "bfloat16")
+      >>> widen(jax.grad(lambda w: (x @ w).sum()))(jax.numpy.ones((2, 3), "bfloat16")).dtype
+      dtype('float32')
+    """
+
+    def wide(*args: Any) -> Any:
+        traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+        leaves, structure = jax.tree.flatten(shapes)
+        marked = jax.tree.unflatten(structure, range(len(leaves)))
+        numbers = set(jax.tree.leaves(wanted(marked)))
+        chosen = [i in numbers for i in range(len(leaves))]
+        makes_narrow = lambda eqn: any(map(_narrow, eqn.outvars))
+        if any(contains(eqn, makes_narrow) for eqn in traced.jaxpr.eqns):
+            outs = _run(traced, chosen, jax.tree.leaves(args))
+        else:
+            outs = jex.jaxpr_as_fun(traced)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(structure, outs)
+
+    return wide
+
+
+# -- which values are wanted in float32 ---------------------------------------------------------
+
+
+def _followed(program: jex.ClosedJaxpr, chosen: Sequence[bool]) -> Vars:
+    """The values on the way to the chosen outputs that are to be float32."""
+    found: Vars = set()
+    for atom, choose in zip(program.jaxpr.outvars, chosen, strict=True):
+        if choose and isinstance(atom, jex.Var):
+            found.add(atom)
+    for eqn in reversed(program.jaxpr.eqns):
+        outs = [v in found for v in eqn.outvars]
+        if any(outs):
+            sources = _sources(eqn, outs)
+            found.update(v for v in sources if isinstance(v, jex.Var) and _floating(v))
+    return found
+
+
+def _sources(eqn: jex.JaxprEqn, outs: Sequence[bool]) -> list[Any]:
+    """Operands that must be float32 for these outputs to be."""
+    name = eqn.primitive.name
+    if name in _MOVES or _drops_ones(eqn):
+        kept = eqn.invars
+        return [a for a, o in zip(kept, outs, strict=True) if o] if len(outs) > 1 else list(kept)
+    inside = bodies(eqn)
+    if not inside:
+        return []
+    skip = 1 if name == "cond" else 0
+    chosen = _scan_chosen(eqn, outs) if name == "scan" else outs
+    followed = [_followed(body, chosen) for body in inside]
+    picked = []
+    for body, vars_ in zip(inside, followed, strict=True):
+        inner = body.jaxpr.invars
+        picked += [a for a, v in zip(eqn.invars[skip:], inner, strict=True) if v in vars_]
+    return picked + _carried_in(eqn, chosen)
+
+
+def _drops_ones(eqn: jex.JaxprEqn) -> bool:
+    """A sum over dims of size 1, as broadcasting leaves behind."""
+    sizes = [getattr(a.aval, "size", 0) for a in (eqn.invars[0], eqn.outvars[0])]
+    return eqn.primitive.name == "reduce_sum" and sizes[0] == sizes[1]
+
+
+def _scan_chosen(eqn: jex.JaxprEqn, outs: Sequence[bool]) -> list[bool]:
+    """Outputs of the loop body to widen: a sum that is carried stays wide all the way round."""
+    first, carried = scan_counts(eqn.params)
+    body, chosen = closed(eqn.params["jaxpr"]), list(outs)
+    while True:
+        followed = _followed(body, chosen)
+        entering = [v in followed for v in body.jaxpr.invars[first : first + carried]]
+        both = [a or b for a, b in zip(chosen, entering, strict=False)] + chosen[carried:]
+        if both == chosen:
+            return chosen
+        chosen = both
+
+
+def _carried_in(eqn: jex.JaxprEqn, chosen: Sequence[bool]) -> list[Any]:
+    if eqn.primitive.name != "scan":
+        return []
+    first, carried = scan_counts(eqn.params)
+    entering = eqn.invars[first : first + carried]
+    return [a for a, c in zip(entering, chosen, strict=False) if c]
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def _run(program: jex.ClosedJaxpr, chosen: Sequence[bool], args: Sequence[Any]) -> list[Any]:
+    """Evaluate; values that are followed are kept in float32, the others as traced.
+
+    Args:
+      program: The traced function.
+      chosen: Outputs to give in float32.
+      args: Inputs; those that are followed may already be float32.
+    """
+    followed = _followed(program, chosen)
+    env = start(program, args)
+    for eqn in program.jaxpr.eqns:
+        outs = [v in followed and _narrow(v) for v in eqn.outvars]
+        values = [read(env, a) for a in eqn.invars]
+        if any(outs) or (bodies(eqn) and any(v in followed for v in eqn.outvars)):
+            flags = [v in followed for v in eqn.outvars]
+            made = _wide(eqn, values, flags)
+        else:
+            made = bind(eqn, [_as(v, a.aval) for v, a in zip(values, eqn.invars, strict=True)])
+        env.update(zip(eqn.outvars, made, strict=True))
+    return [
+        _float32(read(env, a)) if c else _as(read(env, a), a.aval)
+        for a, c in zip(program.jaxpr.outvars, chosen, strict=True)
+    ]
+
+
+def _wide(eqn: jex.JaxprEqn, values: list[Any], outs: list[bool]) -> list[Any]:
+    """One equation whose outputs are wanted in float32."""
+    name = eqn.primitive.name
+    if name == "convert_element_type":
+        return [_float32(values[0])]
+    if name in ("scatter-add", "scatter_add"):
+        return [_scatter_add(eqn, values)]
+    if name in _MOVES or name == "reduce_sum":
+        ins = [_float32(v) for v in values]  # indices are integers and stay
+        return bind(_retyped(eqn, ins, outs), ins)
+    exact = [_as(v, a.aval) for v, a in zip(values, eqn.invars, strict=True)]
+    if name in _CONTRACTIONS:
+        return [_contract(eqn, exact)]
+    if bodies(eqn):
+        return _wide_bodies(eqn, values, outs)
+    made = bind(eqn, exact)  # an operation with a dtype of its own: cast what it gives
+    return [_float32(m) if o else m for m, o in zip(made, outs, strict=True)]
+
+
+def _contract(eqn: jex.JaxprEqn, ins: list[Any]) -> Any:
+    """A matmul or convolution of narrow arrays into float32."""
+    params = {**eqn.params, "preferred_element_type": jnp.dtype(jnp.float32)}
+    into = eqn.replace(params=params)
+    run = lambda *ins: bind(_retyped(into, ins, [True]), ins)[0]
+    # XLA's CPU backend has no kernel for bfloat16 x bfloat16 -> float32; products are exact
+    # either way, so the sums are the same.
+    on_cpu = lambda *ins: run(*map(_float32, ins))
+    return lax.platform_dependent(*ins, cpu=on_cpu, default=run)
+
+
+def _scatter_add(eqn: jex.JaxprEqn, values: list[Any]) -> Any:
+    operand, indices, updates = values
+    options = {k: eqn.params[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
+    numbers = eqn.params["dimension_numbers"]
+    return lax.scatter_add(_float32(operand), indices, _float32(updates), numbers, **options)
+
+
+def _wide_bodies(eqn: jex.JaxprEqn, values: list[Any], outs: list[bool]) -> list[Any]:
+    chosen = _scan_chosen(eqn, outs) if eqn.primitive.name == "scan" else outs
+    inside, skip = bodies(eqn), 1 if eqn.primitive.name == "cond" else 0
+    wide: Vars = set()
+    for body in inside:
+        followed = _followed(body, chosen)
+        pairs = zip(eqn.invars[skip:], body.jaxpr.invars, strict=True)
+        wide.update(i for _, i in pairs if i in followed)
+    needed = [
+        any(body.jaxpr.invars[n] in wide for body in inside) for n in range(len(values) - skip)
+    ]
+    if eqn.primitive.name == "scan":
+        first, carried = scan_counts(eqn.params)
+        for n in range(carried):
+            needed[first + n] = needed[first + n] or chosen[n]
+    ins = values[:skip] + [
+        _float32(v) if n else _as(v, a.aval)
+        for v, a, n in zip(values[skip:], eqn.invars[skip:], needed, strict=True)
+    ]
+    functions = [lambda *args, b=b: _run(b, chosen, args) for b in inside]
+    if "prevent_cse" in eqn.params:
+        return _remat(eqn, ins, functions[0])
+    return reopen(eqn, ins, functions)
+
+
+def _remat(eqn: jex.JaxprEqn, ins: list[Any], function: Callable[..., list[Any]]) -> list[Any]:
+    """A rematerialised block of a backward pass: its equation again, so that it stays one.
+
+    A fresh `jax.checkpoint` would count as not yet differentiated, and XLA would merge what is
+    to be computed again with the forward pass.
+    """
+    traced = jax.make_jaxpr(function)(*ins)
+    held, inner = list(traced.consts), traced.jaxpr
+    jaxpr = jex.Jaxpr(
+        (),
+        [*inner.constvars, *inner.invars],
+        inner.outvars,
+        inner.eqns,
+        inner.effects,
+        jex.DebugInfo("widen", "remat", ("",) * (len(held) + len(ins)), ("",) * len(inner.outvars)),
+    )
+    like = eqn.params["jaxpr"]
+    body = jex.ClosedJaxpr(jaxpr, ()) if isinstance(like, jex.ClosedJaxpr) else jaxpr
+    params = {**eqn.params, "jaxpr": body}
+    invars: list[Any] = [jex.Var(v.aval) for v in jaxpr.invars]
+    outvars = [jex.Var(v.aval) for v in jaxpr.outvars]
+    return bind(eqn.replace(params=params, invars=invars, outvars=outvars), [*held, *ins])
+
+
+def _retyped(eqn: jex.JaxprEqn, ins: Sequence[Any], outs: Sequence[bool]) -> jex.JaxprEqn:
+    """The equation with the dtypes that its operands now have and its outputs shall have."""
+    invars: list[Any] = [
+        jex.Var(a.aval.update(dtype=jnp.result_type(v)))
+        for a, v in zip(eqn.invars, ins, strict=True)
+    ]
+    outvars = [
+        jex.Var(v.aval.update(dtype=jnp.dtype(jnp.float32))) if o and _narrow(v) else v
+        for v, o in zip(eqn.outvars, outs, strict=True)
+    ]
+    return eqn.replace(invars=invars, outvars=outvars)
+
+
+def _floating(atom: Any) -> bool:
+    return jnp.issubdtype(getattr(atom.aval, "dtype", jnp.int32), jnp.floating)
+
+
+def _narrow(atom: Any) -> bool:
+    return _floating(atom) and atom.aval.dtype.itemsize < 4
+
+
+def _float32(x: Any) -> Any:
+    narrow = jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.result_type(x).itemsize < 4
+    return jnp.asarray(x, jnp.float32) if narrow else x
+
+
+def _as(x: Any, aval: Any) -> Any:
+    """A value in the dtype it was traced with."""
+    dtype = getattr(aval, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.result_type(x) == dtype:
+        return x
+    return jnp.asarray(x, dtype)

@@ -15,6 +15,7 @@ _EXPORTS = {
     "DataLoader": "data",
     "FitResult": "fit",
     "Functional": "modules",
+    "LossGuard": "monitoring.guard",
     "Mean": "modules",
     "Plan": "plan",
     "Strategy": "strategy",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from shardtrain.modules import Mean as Mean
     from shardtrain.modules import cross_entropy as cross_entropy
     from shardtrain.monitoring.callbacks import Callback as Callback
+    from shardtrain.monitoring.guard import LossGuard as LossGuard
     from shardtrain.monitoring.metrics_log import TensorBoardLog as TensorBoardLog
     from shardtrain.plan import Plan as Plan
     from shardtrain.plan import plan as plan

@@ -108,6 +108,14 @@ class CompilerBugError(ShardtrainError):
     """A known compiler bug would give wrong numbers, and cannot be avoided here."""
 
 
+class UnstableRunError(ShardtrainError):
+    """The loss is bad again and again, and going back did not help."""
+
+
+class ReplicaDivergenceError(ShardtrainError):
+    """Copies of one array on several devices no longer hold the same bits."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the nearest known name, or the list of all known names."""
     known = sorted(set(known))

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardtrain.checkpoint import Checkpointer
+from shardtrain.checkpoint import has_replicas, replica_divergence
 from shardtrain.data import DataLoader, audit_first_batch
-from shardtrain.errors import DataError
+from shardtrain.errors import DataError, ReplicaDivergenceError
 from shardtrain.modules import Mean
 from shardtrain.monitoring import (
     Preempted,
@@ -24,14 +24,19 @@ from shardtrain.monitoring import (
     find_stragglers,
     gather_step_times,
 )
+from shardtrain.monitoring.bad_steps import BadStep
 from shardtrain.monitoring.callbacks import Callback, RunInfo
 from shardtrain.monitoring.console import ConsoleProgress
+from shardtrain.monitoring.guard import LossGuard
 from shardtrain.monitoring.metrics_log import MetricsLog
 from shardtrain.plan import Plan
+from shardtrain.recovery import LossWatch, SavedStates, skip_step
 from shardtrain.train import TrainState
 
 STRAGGLER_EVERY = 100
 """Steps between two looks for a process that holds up the others."""
+
+DEFAULT_GUARD = LossGuard()
 
 
 @dataclass
@@ -72,6 +77,10 @@ def fit(
     eval_every: int | None = None,
     save_every: int | None = None,
     max_to_keep: int | None = 3,
+    snapshot_every: int | None = None,
+    guard: LossGuard | None = DEFAULT_GUARD,
+    skip_steps: Collection[int] = (),
+    check_replicas_every: int | None = 1000,
     progress: bool = True,
 ) -> FitResult:
     """Train until `num_steps` optimizer steps are done; resumes by itself from `directory`.
@@ -92,12 +101,20 @@ def fit(
       eval_every: Steps between evaluations; None: only at the end.
       save_every: Steps between checkpoints; None: only at the end (or when stopped).
       max_to_keep: Checkpoints kept.
+      snapshot_every: Steps between copies of the state in host memory, here and at the next
+        process: what a bad step or a restart goes back to first. None: checkpoints only.
+      guard: What a bad step is (not finite, a spike): the run goes back to the last good state and
+        on without that batch. None: a step that is not finite is still not taken.
+      skip_steps: Steps (from 1, as in the metrics) whose batches are left out.
+      check_replicas_every: Steps between two comparisons of all copies of replicated arrays.
       progress: Show a progress bar (plain lines where there is no terminal).
 
     Raises:
       DataError: The loader's batches are not what the plan was made for, or not those of the run
         that is resumed.
       RestoreMismatch: `directory` belongs to another model. Nothing is overwritten.
+      UnstableRunError: The loss stays bad although the run went back.
+      ReplicaDivergenceError: Copies of an array differ; names the leaf and the devices.
 
     Example:
       >>> import flax.nnx as nnx, optax, shardtrain as st
@@ -115,9 +132,9 @@ def fit(
     if progress and is_main:
         listeners.append(ConsoleProgress())
     report = Progress.from_environment()
-    checkpoints = _Checkpoints(path, plan, loader, max_to_keep)
+    saved = SavedStates(path, plan, loader, max_to_keep, in_memory=snapshot_every is not None)
     report.phase("restore")
-    state, resumed = checkpoints.restore_or(lambda: plan.init(seed) if state is None else state)
+    state, resumed = saved.resume(lambda: plan.init(seed) if state is None else state)
     result = FitResult(state=state, directory=path)
     if path is not None and is_main:
         listeners.append(MetricsLog(path / "metrics.jsonl"))
@@ -128,56 +145,79 @@ def fit(
         print(resumed)
 
     shardings = plan.layout.batch_shardings
+    watch = LossWatch(guard, saved, path, seed, skip_steps)
+    replicas = _ReplicaCheck(plan, saved, check_replicas_every, first)
     pending: collections.deque[_Pending] = collections.deque()
+    compiled = stopping = saving = snapping = False
     with (
         _ending(listeners, result, loader, report),
-        checkpoints,
+        saved,
         Preemption() as stop,
         _watchdog(report),
     ):
         _agree(plan, loader, num_steps)
-        for step in range(first, num_steps):
-            report.phase("data", step)
-            started = time.perf_counter()
-            batch = loader.batch(step, shardings)
-            ready = time.perf_counter()
-            if step == first:
-                audit_first_batch(batch)
-            report.phase("first_step" if step == first else "dispatch", step)
-            result.state, metrics = plan.step(result.state, batch)
-            pending.append(_Pending(step + 1, metrics, started, ready))
-            done = step + 1
-            # Read the step before: the device works on this one meanwhile.
+        done = first
+        while done < num_steps:
+            step, done = done, done + 1
+            if done in watch.skip:
+                result.state = skip_step(result.state)
+            else:
+                report.phase("data", step)
+                started = time.perf_counter()
+                batch = loader.batch(step, shardings)
+                ready = time.perf_counter()
+                if not compiled:
+                    audit_first_batch(batch)
+                report.phase("dispatch" if compiled else "first_step", step)
+                result.state, metrics = plan.step(result.state, batch)
+                pending.append(_Pending(done, metrics, started, ready))
+                compiled = True
             report.phase("wait", step)
-            while len(pending) > 1:
-                _record(pending.popleft(), result, listeners)
-            checkpoints.poll()
-            stopping = stop.should_stop(done)
+            stopping = stop.should_stop(done) or stopping
             between = done < num_steps and not stopping
+            saving = between and (_due(done, save_every) or saving)
+            snapping = between and (_due(done, snapshot_every) or snapping)
+            evaluating = between and eval_loader is not None and _due(done, eval_every)
+            # Read the step before while the device works on this one. What is to be kept must be
+            # known to be good: then this one too.
+            look = not between or saving or snapping or evaluating or replicas.due(done)
+            bad = _read(pending, 0 if look else 1, result, listeners, watch)
+            if bad is not None:
+                report.phase("restore", step)
+                pending.clear()
+                saving = snapping = False
+                result.state = watch.go_back(bad)
+                done = int(result.state.step)
+                _forget_after(done, result, listeners)
+                continue
+            saved.poll()
+            replicas.check(done, result.state)
             if _due(done, STRAGGLER_EVERY):
                 _report_stragglers(report, is_main)
-            if between and eval_loader is not None and _due(done, eval_every):
+            if evaluating and eval_loader is not None:
                 report.phase("eval", step)
-                _drain(pending, result, listeners)
                 _evaluate(plan, result, eval_loader, done, listeners)
-            if between and _due(done, save_every):
+            if snapping and not watch.uneasy:
                 report.phase("ckpt", step)
-                checkpoints.save(result.state)
+                saved.snapshot(result.state)
+                snapping = False
+            if saving and not watch.uneasy:  # else after the next good step
+                report.phase("ckpt", step)
+                saved.save(result.state)
                 _tell(listeners, "on_checkpoint", done)
+                saving = False
             if stopping:
                 result.stopped = stop.reason
                 break
-        report.phase("wait")
-        _drain(pending, result, listeners)
         done = int(result.state.step)
         if eval_loader is not None and result.stopped is None and done > first:
             report.phase("eval")
             _evaluate(plan, result, eval_loader, done, listeners)
         report.phase("ckpt")
         if done > first:
-            checkpoints.save(result.state)
+            saved.save(result.state)
             _tell(listeners, "on_checkpoint", done)
-        checkpoints.wait()
+        saved.wait()
         report.phase("done")
     _tell(listeners, "on_end", result)
     if result.stopped == "SIGTERM":
@@ -250,68 +290,70 @@ class _Pending:
     ready: float
 
 
-class _Checkpoints:
-    """The run's checkpoints, or nothing when it has no directory; a context manager."""
-
-    def __init__(self, path: Path | None, plan: Plan, loader: DataLoader, max_to_keep: int | None):
-        self._loader = loader
-        self._store = None if path is None else Checkpointer(path, plan, max_to_keep=max_to_keep)
-
-    def __enter__(self) -> "_Checkpoints":
-        if self._store is not None:
-            self._store.__enter__()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """Waits for what is being saved; after an error, not for the other processes."""
-        if self._store is not None:
-            self._store.__exit__(kind, error, traceback)
-
-    def restore_or(self, make: Callable[[], TrainState]) -> tuple[TrainState, str]:
-        """The newest good state, else a new one; and a sentence when it was restored."""
-        if self._store is None or self._store.latest() is None:
-            return make(), ""
-        state = self._store.restore()
-        self._loader.check_resume(self._store.extra.get("data", {}))
-        step = int(state.step)
-        example = step * self._loader.global_batch_size
-        return state, (
-            f"resumed at step {step}: next example {example % self._loader.examples_per_epoch} of "
-            f"epoch {self._loader.epoch(step)}, same as the uninterrupted run"
-        )
-
-    def save(self, state: TrainState) -> None:
-        """Start to save; returns when the state is copied."""
-        if self._store is not None:
-            self._store.save(state, extra={"data": self._loader.describe()})
-
-    def poll(self) -> None:
-        """Raise at once if a save in the background has failed."""
-        if self._store is not None:
-            self._store.poll()
-
-    def wait(self) -> None:
-        """Until everything is committed."""
-        if self._store is not None:
-            self._store.wait()
-
-
-def _record(item: _Pending, result: FitResult, listeners: Sequence[Callback]) -> None:
+def _record(item: _Pending, result: FitResult, listeners: Sequence[Callback]) -> dict[str, float]:
     values = {name: float(np.asarray(value)) for name, value in item.metrics.items()}
     now = time.perf_counter()
     values["seconds"] = now - item.started
     values["data_seconds"] = item.ready - item.started
     result.history.append({"step": item.step, **values})
     _tell(listeners, "on_step", item.step, values)
+    return values
+
+
+def _read(
+    pending: collections.deque[_Pending],
+    keep: int,
+    result: FitResult,
+    listeners: Sequence[Callback],
+    watch: LossWatch,
+) -> BadStep | None:
+    """Read the metrics of all but `keep` steps; ends at a step that the run must go back for."""
+    while len(pending) > keep:
+        item = pending.popleft()
+        values = _record(item, result, listeners)
+        if (bad := watch.see(item.step, values)) is not None:
+            return bad
+    return None
+
+
+def _forget_after(step: int, result: FitResult, listeners: Sequence[Callback]) -> None:
+    """The run went back to `step`: what came after has not happened."""
+    result.history[:] = [h for h in result.history if h["step"] <= step]
+    result.evals[:] = [e for e in result.evals if e["step"] <= step]
+    _tell(listeners, "on_rollback", step)
+
+
+class _ReplicaCheck:
+    """Compares the copies of replicated arrays now and then."""
+
+    def __init__(self, plan: Plan, saved: SavedStates, every: int | None, first: int):
+        self._saved = saved
+        self._every = every if has_replicas(plan.abstract_state) else None
+        self._passed = first
+
+    def due(self, step: int) -> bool:
+        """Whether the state of this step is to be checked."""
+        return _due(step, self._every)
+
+    def check(self, step: int, state: TrainState) -> None:
+        """Raise if copies differ; what was saved since the last good check is set aside."""
+        if not self.due(step):
+            return
+        if found := replica_divergence(state):
+            aside = self._saved.distrust(self._passed)
+            raise ReplicaDivergenceError(
+                f"at step {step} copies of replicated arrays differ: "
+                + "; ".join(map(str, found[:5]))
+                + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+                + f". They were equal at step {self._passed}. Checkpoints set aside as N.suspect: "
+                f"{aside or 'none'}. A device or its memory computes wrongly: take it out, and "
+                "start again"
+            )
+        self._passed = step
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _drain(pending: Any, result: FitResult, listeners: Sequence[Callback]) -> None:
-    while pending:
-        _record(pending.popleft(), result, listeners)
 
 
 def _evaluate(

@@ -1,7 +1,7 @@
 """Checkpoints: committed, verified, mesh-free steps on disk."""
 
 from shardtrain.checkpoint.checkpointer import Checkpointer
-from shardtrain.checkpoint.divergence import Divergence, replica_divergence
+from shardtrain.checkpoint.divergence import Divergence, has_replicas, replica_divergence
 from shardtrain.checkpoint.export import export
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
 from shardtrain.checkpoint.memory import MemorySnapshot
@@ -17,6 +17,7 @@ __all__ = [
     "as_text",
     "export",
     "fingerprint",
+    "has_replicas",
     "inspect",
     "replica_divergence",
     "restore",

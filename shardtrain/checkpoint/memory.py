@@ -9,6 +9,7 @@ checkpoint. It knows one layout only: on another mesh or process count, use the 
 import hashlib
 import json
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -50,12 +51,18 @@ class MemorySnapshot:
         self._named = leaves.named_leaves(self._abstract)
         self._keep = keep
         self._layout = _layout(self._named)
+        self.extra: dict[str, Any] = {}
 
-    def save(self, state: Any) -> None:
+    def save(self, state: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Copy this process's shards into memory here and at the next process.
 
+        Args:
+            state: as the plan shards it.
+            extra: JSON to keep with it; read back as `.extra`.
+
         Raises:
-            CheckpointError: the state is not sharded as the plan says.
+            CheckpointError: the state is not sharded as the plan says, or some process has no room
+                for it. Earlier snapshots are intact.
         """
         named = leaves.named_leaves(state)
         if _layout(named) != self._layout:
@@ -69,15 +76,23 @@ class MemorySnapshot:
             "crc32": zlib.crc32(body),
             "impl": {n: i.impl for n, i in leaves.describe(named).items() if i.is_key},
             "fingerprints": as_text(fingerprint(named)),
+            "extra": dict(extra or {}),
         }
         text = json.dumps(header).encode()
         own = _LENGTH.pack(len(text)) + text + body
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._write(step, _OWN, own)
+        failure = self._write(step, _OWN, own)
         if jax.process_count() > 1:
             received = ring.shift(np.frombuffer(own, np.uint8), by=1)
-            self._write(step, _PEER, received.tobytes())
-        self._forget(step)
+            failure = self._write(step, _PEER, received.tobytes()) or failure
+        if agreement.all_agree(failure is None):
+            self._forget(step)
+            return
+        for path in self.directory.glob(f"{step}.*"):
+            path.unlink()
+        raise CheckpointError(
+            f"no snapshot of step {step} in {self.directory.parent}: "
+            f"{failure or 'another process has no room for it'}. Earlier snapshots are intact."
+        )
 
     def latest(self) -> int | None:
         """The newest step that every process holds, or can get back from its neighbour."""
@@ -115,6 +130,7 @@ class MemorySnapshot:
             found = received if found is None else found
         assert found is not None  # `_whole` says that somebody has it
         header, body = _split(found)
+        self.extra = header["extra"]
         state, marks = self._rebuilt(header, body)
         if not agreement.all_agree(marks == header["fingerprints"]):
             raise CheckpointError(
@@ -139,10 +155,31 @@ class MemorySnapshot:
     def _path(self, step: int, kind: str) -> Path:
         return self.directory / f"{step}.{kind}"
 
-    def _write(self, step: int, kind: str, blob: bytes) -> None:
+    def forget_after(self, step: int) -> None:
+        """Drop the snapshots of later steps: they turned out to be wrong."""
+        for path in self.directory.glob(f"*.{_OWN}"):
+            if int(path.stem) > step:
+                path.unlink()
+                path.with_suffix(f".{_PEER}").unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        """Free the memory: the run has come to its end."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps that can be restored, ascending."""
+        return sorted(self._whole())
+
+    def _write(self, step: int, kind: str, blob: bytes) -> OSError | None:
+        """Write, or say why not: the other processes wait for this one."""
         partial = self.directory / f"{step}.{kind}.partial"
-        partial.write_bytes(blob)
-        os.replace(partial, self._path(step, kind))
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(blob)
+            os.replace(partial, self._path(step, kind))
+        except OSError as error:
+            return error
+        return None
 
     def _read(self, step: int, kind: str) -> bytes | None:
         """The blob, if it is whole, of this layout, and of the process it should be of."""

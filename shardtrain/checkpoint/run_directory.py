@@ -48,6 +48,20 @@ def quarantine(directory: Path, step: int, found: list[str], warn: Report) -> No
     agreement.on_first(rename)
 
 
+def distrust(directory: Path, after: int, warn: Report) -> list[int]:
+    """Rename the steps later than `after` to `N.suspect`; those steps, the same everywhere."""
+    later = [step for step in steps.present(directory) if step > after]
+    agreement.barrier("shardtrain checkpoint listed")
+
+    def rename() -> None:
+        for step in later:
+            moved = steps.set_aside(directory, step, "suspect")
+            warn(f"checkpoint {step} may hold wrong values; renamed to {moved.name}")
+
+    agreement.on_first(rename)
+    return later
+
+
 def drop_failed(directory: Path, step: int) -> None:
     """Free the space of a save that failed: its temporary directory, or its unverified step."""
     if jax.process_index() != 0:

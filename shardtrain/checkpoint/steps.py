@@ -1,8 +1,9 @@
 """The run directory: which steps are there, setting bad ones aside, deleting old ones.
 
 A step is a directory named by its number. Nothing that shardtrain did not write is touched, and
-nothing that might still be wanted is deleted: a damaged step is renamed to `N.corrupt`, one that a
-restart from an earlier step replaced to `N.superseded`.
+nothing that might still be wanted is deleted: a damaged step is renamed to `N.corrupt`, one saved
+while replicas differed to `N.suspect`, one that a restart from an earlier step replaced to
+`N.superseded`.
 """
 
 import os
@@ -76,11 +77,14 @@ def remove_leftovers(directory: Path) -> list[str]:
     return names
 
 
-def retain(directory: Path, max_to_keep: int | None) -> list[int]:
-    """Delete the oldest complete steps beyond `max_to_keep`; the newest is never deleted."""
+def retain(
+    directory: Path, max_to_keep: int | None, pinned: frozenset[int] = frozenset()
+) -> list[int]:
+    """Delete the oldest complete steps beyond `max_to_keep`; never the newest, never `pinned`."""
     if max_to_keep is None:
         return []
-    old = committed(directory)[: -max(1, max_to_keep)]
+    free = [step for step in committed(directory) if step not in pinned]
+    old = free[: -max(1, max_to_keep)]
     for step in old:
         delete(directory, step)
     return old

@@ -54,5 +54,8 @@ class Callback(Protocol):
     def on_checkpoint(self, step: int) -> None:
         """A save of this step was started."""
 
+    def on_rollback(self, step: int) -> None:
+        """The run went back to the state of `step`; the steps after it are done again."""
+
     def on_end(self, result: Any) -> None:
         """After the last step, or a clean stop, with the `FitResult`."""

@@ -89,6 +89,11 @@ class ConsoleProgress(Callback):
         if self._bar is None and self._run.directory is not None:
             self._print(f"step {step}: checkpoint is being written in the background")
 
+    def on_rollback(self, step: int) -> None:
+        """Count again from there."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
     def on_end(self, result: Any) -> None:
         """Remove the bar."""
         if self._bar is not None:

@@ -38,9 +38,18 @@ class MetricsLog(Callback):
     def on_start(self, run: RunInfo) -> None:
         """Drop records of steps that will be done again."""
         self._writes = run.is_main
-        if not run.is_main or not self.path.exists():
+        if run.is_main:
+            self._forget_after(run.first_step)
+
+    def on_rollback(self, step: int) -> None:
+        """Drop records of steps that will be done again."""
+        if self._writes:
+            self._forget_after(step)
+
+    def _forget_after(self, step: int) -> None:
+        if not self.path.exists():
             return
-        kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= run.first_step]
+        kept = [r for r in read_metrics(self.path) if r.get("step", 0) <= step]
         fresh = self.path.with_name(self.path.name + ".new")
         fresh.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
         os.replace(fresh, self.path)
@@ -129,6 +138,9 @@ class TensorBoardLog(Callback):
 
     def on_checkpoint(self, step: int) -> None:
         """Not shown."""
+
+    def on_rollback(self, step: int) -> None:
+        """Steps done again are written again, beside the first time."""
 
     def on_end(self, result: Any) -> None:
         """Close the file."""

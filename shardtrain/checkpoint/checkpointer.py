@@ -44,7 +44,8 @@ class Checkpointer:
     Args:
         directory: of this run; made when needed. Relative paths and `~` are fine.
         plan: gives the shardings to restore to, whatever mesh the step was saved on.
-        max_to_keep: complete steps to keep, None for all. The newest is never deleted.
+        max_to_keep: complete steps to keep, None for all. The newest is never deleted, nor are
+            steps added to the set `.pinned`.
         timeout: seconds after which a save gives up on another process.
         report: gets one line per event (committed, restored, set aside); default: the logger
             `shardtrain.checkpoint`.
@@ -74,6 +75,7 @@ class Checkpointer:
         self._prepared = False
         self._inside_with = False
         self.extra: dict[str, Any] = {}
+        self.pinned: set[int] = set()
         store.silence_logs()
         store.before_threads_stop(_wait_at_exit(weakref.ref(self)))
 
@@ -148,7 +150,7 @@ class Checkpointer:
             f"checkpoint {header.step} committed ({human_bytes(size)}, {copied:.2f} s to copy, "
             f"{time.monotonic() - started:.1f} s in the background)"
         )
-        steps.retain(self.directory, self._max_to_keep)
+        steps.retain(self.directory, self._max_to_keep, frozenset(self.pinned))
 
     def poll(self) -> None:
         """Raise what a background save ran into, without waiting; cheap enough for every step.
@@ -263,6 +265,15 @@ class Checkpointer:
                 "were renamed to *.corrupt, not deleted."
             )
         raise CheckpointError(f"no checkpoint in {self.directory}.")
+
+    def distrust(self, after: int) -> list[int]:
+        """Rename the steps later than `after` to `N.suspect`: they may hold wrong values.
+
+        Returns:
+            Those steps.
+        """
+        self.wait()
+        return run_directory.distrust(self.directory, after, self._warn)
 
     def _restore_given(self, step: int) -> Any:
         if step not in steps.present(self.directory):

@@ -13,6 +13,7 @@ _EXPORTS = {
     "Callback": "monitoring.callbacks",
     "Checkpointer": "checkpoint",
     "DataLoader": "data",
+    "Exploration": "explore",
     "FitResult": "fit",
     "Functional": "modules",
     "LossGuard": "monitoring.guard",
@@ -25,6 +26,7 @@ _EXPORTS = {
     "assert_collectives": "planner.assertions",
     "cross_entropy": "modules",
     "evaluate": "fit",
+    "explore": "explore",
     "export": "checkpoint",
     "fit": "fit",
     "hardware": "hardware",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from shardtrain.checkpoint import replica_divergence as replica_divergence
     from shardtrain.checkpoint import restore as restore
     from shardtrain.data import DataLoader as DataLoader
+    from shardtrain.explore import Exploration as Exploration
+    from shardtrain.explore import explore as explore
     from shardtrain.fit import FitResult as FitResult
     from shardtrain.fit import evaluate as evaluate
     from shardtrain.fit import fit as fit

@@ -29,9 +29,9 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 PUBLIC = """
-Aux Callback Checkpointer DataLoader FitResult Functional LossGuard Mean Plan Strategy
-TensorBoardLog TrainState VerifyReport assert_collectives cross_entropy evaluate export fit
-hardware init_distributed inspect plan planner replica_divergence restore simulate verify
+Aux Callback Checkpointer DataLoader Exploration FitResult Functional LossGuard Mean Plan Strategy
+TensorBoardLog TrainState VerifyReport assert_collectives cross_entropy evaluate explore export
+fit hardware init_distributed inspect plan planner replica_divergence restore simulate verify
 """
 
 

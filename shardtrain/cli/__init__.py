@@ -28,6 +28,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("train a language model on text, sharded", "shardtrain.cli.train"),
+    "explore": Command("rank every layout of a model on any chips", "shardtrain.cli.explore"),
     "verify": Command("compare sharded training with one device", "shardtrain.cli.verify"),
     "launch": Command("run several processes on this machine, supervised", "shardtrain.cli.launch"),
     "inspect": Command("say what is in a checkpoint", "shardtrain.cli.inspect"),

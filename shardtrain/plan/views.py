@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from shardtrain.partitioning.rules import as_axes
 from shardtrain.pipeline.schedules import Schedule, make_schedule
 from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
 from shardtrain.plan.report import Report, local_hardware, plan_figures, summary_table
@@ -30,8 +31,9 @@ class Memory:
       optimizer: Optimizer state.
       variables: Everything else the model carries.
       batch: One global batch's shard.
+      replicas: What each replica keeps for its own (`Strategy(sync=..., compression=...)`).
       activations: Estimate: what the forward pass of one microbatch keeps for the backward pass,
-        split over the batch and sequence axes.
+        split over the batch, sequence and tensor axes.
       compiled_arguments: Measured by the compiler; None before `plan.compile()`.
       compiled_temporaries: Measured by the compiler; None before `plan.compile()`.
     """
@@ -44,17 +46,20 @@ class Memory:
     activations: int
     compiled_arguments: int | None = None
     compiled_temporaries: int | None = None
+    replicas: int = 0
 
     @property
     def total(self) -> int:
         """Sum of the estimated parts."""
         kept = self.params + self.grads + self.optimizer + self.variables
-        return kept + self.batch + self.activations
+        return kept + self.batch + self.activations + self.replicas
 
     def table(self) -> Table:
         """Estimated and compiled side by side."""
         names = ("params", "grads", "optimizer", "variables", "batch", "activations", "total")
         rows = [(n, bytes_text(getattr(self, n)), "estimate") for n in names]
+        if self.replicas:
+            rows.insert(-1, ("replicas", bytes_text(self.replicas), "estimate"))
         for name in ("compiled_arguments", "compiled_temporaries"):
             value = getattr(self, name)
             if value is not None:
@@ -92,9 +97,10 @@ class PlanViews:
             optimizer=device_bytes(state.opt_state),
             variables=device_bytes(state.variables),
             batch=device_bytes(self.layout.batch),
-            activations=self._activation_bytes(),
+            activations=self.activation_bytes(),
             compiled_arguments=compiled.argument_bytes if compiled else None,
             compiled_temporaries=compiled.temp_bytes if compiled else None,
+            replicas=device_bytes(state.sync),
         )
 
     def compile(self: "Plan", hardware: str | None = None) -> Compiled:
@@ -189,8 +195,12 @@ class PlanViews:
             specs,
         )
 
-    def _activation_bytes(self: "Plan") -> int:
-        """Residuals of one microbatch's backward pass, from the traced program."""
+    def activation_bytes(self: "Plan") -> int:
+        """Bytes on each device that one microbatch's forward pass keeps for the backward pass.
+
+        From the traced program under the remat policy. The batch and sequence axes divide all of
+        it, `tensor` the arrays that have a dim of a size that only sharded dims of parameters have.
+        """
         plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         state = self.layout.state
         batch = plain(self.layout.batch)
@@ -211,4 +221,16 @@ class PlanViews:
             split *= sizes[axis]
         inputs = {(x.shape, x.dtype) for x in jax.tree.leaves(plain(state.params))}
         made = [x for x in jax.tree.leaves(kept) if (x.shape, x.dtype) not in inputs]
-        return sum(x.size * x.dtype.itemsize for x in made) // split
+        wide = self._tensor_dims() - {n for x in jax.tree.leaves(batch) for n in x.shape}
+        over = lambda x: sizes["tensor"] if wide & set(x.shape) else 1
+        return sum(x.size * x.dtype.itemsize // over(x) for x in made) // split
+
+    def _tensor_dims(self: "Plan") -> set[int]:
+        """Sizes of parameter dims over `tensor` that no other parameter dim has."""
+        split: set[int] = set()
+        whole: set[int] = set()
+        for plan in self.layout.params.values():
+            entries = (*plan.compute, *(None for _ in plan.shape))
+            for size, entry in zip(plan.shape, entries, strict=False):
+                (split if "tensor" in as_axes(entry) else whole).add(size)
+        return split - whole

@@ -45,6 +45,7 @@ def one_step(case: Case, strategy: st.Strategy, devices: Any, start: Any = None)
     state, metrics = plan.step(plan.init(0, variables=start), batch)
     values = {name: float(value) for name, value in metrics.items()}
     assert plan.trace_counts["step"] == 1
+    state = plan.to_checkpoint(state)  # layers of a pipeline come back one by one
     arrays = lambda tree: {p: _numpy(x) for p, x in leaves_by_path(tree).items()}
     return Outcome(
         values.pop("loss"),

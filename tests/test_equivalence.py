@@ -36,6 +36,17 @@ STRATEGIES = (
     "data=4,precision=bf16",
     "fsdp=4,remat=dots,precision=bf16",
 )
+# Strategies that split the sequence, or layers, on models they apply to.
+SEQUENCES = (
+    ("llama-targets", "data=2,context=2,tensor=2,sequence_parallel=True,remat=full"),
+    ("llama-targets", "data=4,pipeline=2,num_microbatches=2"),
+    ("gpt-targets", "data=4,tensor=2,sequence_parallel=True"),
+    ("gpt-targets", "data=2,fsdp=2,context=2"),
+    ("moe-targets", "fsdp=2,tensor=4,sequence_parallel=True,num_microbatches=2"),
+    ("scan-linen-targets", "data=2,fsdp=2,tensor=2,sequence_parallel=True"),
+    ("scan-linen-targets", "data=2,context=4"),
+    ("scan-nnx-targets", "data=2,tensor=4,sequence_parallel=True,remat=full"),
+)
 CHEAP = ("functional",)
 BF16_TOLERANCE = 5e-2
 """bfloat16 keeps 8 bits: 4e-3 for each rounding, a dozen roundings deep; against float32."""
@@ -44,11 +55,11 @@ BF16_TOLERANCE = 5e-2
 def pairs() -> list[tuple[str, str]]:
     """Which models meet which strategies."""
     if os.environ.get("SHARDTRAIN_EQUIVALENCE") == "all":
-        return [(name, s) for name in ZOO for s in STRATEGIES]
-    chosen = [(name, s) for name in CHEAP for s in STRATEGIES]
+        return [(name, s) for name in ZOO for s in STRATEGIES] + list(SEQUENCES)
+    chosen = [(name, s) for name in CHEAP for s in STRATEGIES] + list(SEQUENCES)
     turn = 0
     for name in ZOO:
-        if name not in CHEAP:
+        if name not in CHEAP and not name.endswith("-targets"):
             chosen += [(name, STRATEGIES[(turn + i) % len(STRATEGIES)]) for i in range(2)]
             turn += 2
     return chosen

@@ -59,6 +59,25 @@ def test_tpu_loops_without_trip_counts_are_counted_by_induction():
     assert lint_collectives(found) == []
 
 
+def test_sequence_parallelism_gathers_and_scatters_what_tensor_parallelism_all_reduces():
+    """Per layer 4 gathers and 4 reduce-scatters; embeddings and logits the remaining ones."""
+    found = parse_collectives(
+        golden("gpu_h100_sequence_parallel"), ("data", "tensor"), np.arange(4).reshape(2, 2)
+    )
+    layers, stream, row_sums = 2, 8 * 16 * 32 * 4, 8 * 16 * 4
+    gathers, scatters = 4 * layers + 2, 4 * layers + 1
+    gradients, scalars = 12_448 * 4, 13 * 4
+    assert_collectives(
+        found,
+        {
+            # The softmax over a sharded vocabulary: its largest logit and its sum, per position.
+            ("all-gather", "tensor"): (gathers + 2, gathers * stream + 2 * row_sums),
+            ("reduce-scatter", "tensor"): (scatters + 2, scatters * stream + 3 * row_sums),
+            "all-reduce": (3, gradients + scalars),
+        },
+    )
+
+
 def test_gpu_program_starts_all_collectives_and_marks_those_it_waits_for():
     found = parse_collectives(golden("gpu_h100_megatron_fsdp"), *MESH)
     assert total_bytes(found, kind="reduce-scatter") == 2 * LAYERS * KERNEL

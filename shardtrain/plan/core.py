@@ -17,6 +17,7 @@ from shardtrain.plan.pipelined import Pipelined
 from shardtrain.plan.placement import PlacedCheck, check_batch, own, place_key, place_tree
 from shardtrain.plan.programs import PlanPrograms
 from shardtrain.plan.states import PlanStates
+from shardtrain.plan.stream import stream_findings
 from shardtrain.plan.views import PlanViews
 from shardtrain.planner.compiled import Compiled
 from shardtrain.strategy import Strategy
@@ -68,6 +69,8 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
         self.gradients = self._gradients()
         self.findings = findings + _gradient_findings(self.gradients, strategy)
+        if strategy.sequence_parallel:
+            self.findings += stream_findings(self.proof_loss, layout)
         self._jitted_step = self._make_step()
         self._jitted_eval = self._make_eval()
         self._jitted_eval_rows = self._make_eval_rows()

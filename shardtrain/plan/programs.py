@@ -10,7 +10,8 @@ from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.loss import make_loss
 from shardtrain.plan.pipelined import pipeline_gradients
-from shardtrain.train import TrainState, make_eval, make_step, over_rows
+from shardtrain.plan.stream import constrain_stream
+from shardtrain.train import LossFn, TrainState, make_eval, make_step, over_rows
 
 if TYPE_CHECKING:
     from shardtrain.plan.core import Plan
@@ -23,17 +24,22 @@ class PlanPrograms:
         layout, s = self.layout, self.strategy
         if self.pipelined is not None:
             return GradientPlan(pipeline_gradients(self.pipelined, s), ())
-        loss_for = lambda local_axes: make_loss(
-            self.form,
-            self.loss,
-            s,
-            layout.mesh,
-            gather=gather_at_use(layout.mesh, layout.compute_specs, layout.full_specs)
-            if s.zero == 3 and layout.sizes["fsdp"] > 1
-            else None,
-            num_parts=s.num_microbatches,
-            local_axes=local_axes,
-        )
+        gathers = s.zero == 3 and layout.sizes["fsdp"] > 1
+
+        def loss_for(local_axes: tuple[str, ...]) -> LossFn:
+            loss = make_loss(
+                self.form,
+                self.loss,
+                s,
+                layout.mesh,
+                gather=gather_at_use(layout.mesh, layout.compute_specs, layout.full_specs)
+                if gathers
+                else None,
+                num_parts=s.num_microbatches,
+                local_axes=local_axes,
+            )
+            return constrain_stream(loss, layout, s, local_axes)
+
         return make_gradients(loss_for, self.proof_loss, layout, s)
 
     def _make_step(self: "Plan") -> Any:

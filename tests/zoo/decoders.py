@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import shardtrain as st
@@ -109,8 +110,21 @@ def next_token(model, batch):
     return st.cross_entropy(logits, batch["tokens"][:, 1:], batch["mask"][:, 1:])
 
 
+def given_targets(model, batch):
+    """Inputs and targets of one length, which `context` and `tensor` divide."""
+    return st.cross_entropy(model(batch["tokens"]), batch["targets"], batch["mask"])
+
+
+def shifted(rows, seed=0):
+    batch = tokens(rows, seed)
+    return {**batch, "targets": np.roll(batch["tokens"], -1, axis=1)}
+
+
 CASES = (
     Case("gpt", lambda: lambda rngs: GPT(rngs=rngs), next_token, tokens, splits=False),
     Case("llama", lambda: lambda rngs: Llama(rngs=rngs), next_token, tokens),
     Case("moe", lambda: lambda rngs: MoE(rngs=rngs), next_token, tokens),
+    Case("gpt-targets", lambda: lambda rngs: GPT(rngs=rngs), given_targets, shifted, splits=False),
+    Case("llama-targets", lambda: lambda rngs: Llama(rngs=rngs), given_targets, shifted),
+    Case("moe-targets", lambda: lambda rngs: MoE(rngs=rngs), given_targets, shifted),
 )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zoo.case import VOCAB, Case, tokens
-from zoo.decoders import next_token
+from zoo.decoders import given_targets, next_token, shifted
 
 
 class Layer(nn.Module):
@@ -67,4 +67,6 @@ class StackedNnx(nnx.Module):
 CASES = (
     Case("scan-linen", ScannedTransformer, next_token, tokens),
     Case("scan-nnx", lambda: lambda rngs: StackedNnx(rngs=rngs), next_token, tokens),
+    Case("scan-linen-targets", ScannedTransformer, given_targets, shifted),
+    Case("scan-nnx-targets", lambda: lambda rngs: StackedNnx(rngs=rngs), given_targets, shifted),
 )

@@ -25,7 +25,8 @@ class Namer:
 
     def run(self) -> dict[int, str]:
         """Class → name, for all classes of parameters and inputs."""
-        for _, array, dims in self.inputs:
+        # Token ids first: a mask over the same sequence is floating-point.
+        for _, array, dims in sorted(self.inputs, key=lambda leaf: not _is_whole(leaf[1])):
             self._input(array, dims)
         for dims in self.graph.spatial:
             names = {1: ("sequence",), 2: ("height", "width")}.get(len(dims), _SPATIAL)
@@ -62,10 +63,9 @@ class Namer:
     def _input(self, array: Any, dims: Dims) -> None:
         if not dims:
             return
-        kind = getattr(array.dtype, "kind", "V")
         middle = {3: ("sequence",), 4: ("height", "width"), 5: ("frames", "height", "width")}
         names = ["batch", *middle.get(len(dims), ()), "channels" if len(dims) > 3 else "features"]
-        if kind in "iub":
+        if _is_whole(array):
             names = ["batch", "sequence", "sequence", "sequence"]
         for dim, name in zip(dims, names, strict=False):
             self._name(self.roots(dim)[:1], name)
@@ -217,3 +217,8 @@ class Namer:
             while self.names[r] in {self.names[o] for o in met[r] if o < r}:
                 count += 1
                 self.names[r] = f"{base}_{count}"
+
+
+def _is_whole(array: Any) -> bool:
+    """Integers and booleans: ids, labels, lengths, masks."""
+    return getattr(array.dtype, "kind", "V") in "iub"

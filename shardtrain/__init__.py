@@ -9,18 +9,30 @@ import types
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "AllReduce": "algorithms",
     "Aux": "modules",
     "Callback": "monitoring.callbacks",
     "Checkpointer": "checkpoint",
     "DataLoader": "data",
+    "DiLoCo": "algorithms",
     "Exploration": "explore",
     "FitResult": "fit",
+    "Float8": "algorithms",
     "Functional": "modules",
+    "Gossip": "algorithms",
+    "Int4": "algorithms",
+    "Int8": "algorithms",
+    "LocalSGD": "algorithms",
     "LossGuard": "monitoring.guard",
     "Mean": "modules",
+    "Nesterov": "algorithms",
+    "ParameterServer": "algorithms",
     "Plan": "plan",
+    "PowerSGD": "algorithms",
+    "Sign": "algorithms",
     "Strategy": "strategy",
     "TensorBoardLog": "monitoring.metrics_log",
+    "TopK": "algorithms",
     "TrainState": "train",
     "VerifyReport": "verify",
     "assert_collectives": "planner.assertions",
@@ -48,6 +60,18 @@ __all__ = sorted([*_EXPORTS, *_MODULES])
 
 if TYPE_CHECKING:
     from shardtrain import planner as planner
+    from shardtrain.algorithms import AllReduce as AllReduce
+    from shardtrain.algorithms import DiLoCo as DiLoCo
+    from shardtrain.algorithms import Float8 as Float8
+    from shardtrain.algorithms import Gossip as Gossip
+    from shardtrain.algorithms import Int4 as Int4
+    from shardtrain.algorithms import Int8 as Int8
+    from shardtrain.algorithms import LocalSGD as LocalSGD
+    from shardtrain.algorithms import Nesterov as Nesterov
+    from shardtrain.algorithms import ParameterServer as ParameterServer
+    from shardtrain.algorithms import PowerSGD as PowerSGD
+    from shardtrain.algorithms import Sign as Sign
+    from shardtrain.algorithms import TopK as TopK
     from shardtrain.checkpoint import Checkpointer as Checkpointer
     from shardtrain.checkpoint import export as export
     from shardtrain.checkpoint import inspect as inspect

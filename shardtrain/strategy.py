@@ -10,6 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from shardtrain.algorithms import (
+    check_component,
+    check_pair,
+    component_from_json,
+    component_to_json,
+    read_component,
+)
 from shardtrain.errors import StrategyError, suggest
 
 AXES = ("data", "fsdp", "pipeline", "expert", "context", "tensor")
@@ -48,8 +55,10 @@ class Strategy:
       precision: fp32, or bf16 (fp32 master parameters, bf16 compute, fp32 reductions).
       max_grad_norm: Clip gradients to this global norm before the optimizer; None: no clipping.
       equal_microbatches: A scalar loss is a mean over equally weighted microbatches.
-      sync: How replicas agree; None is `AllReduce()`.
-      compression: Gradient compression with error feedback, or None.
+      sync: How replicas agree: `AllReduce()` (as None), `ParameterServer(...)`, `LocalSGD(...)`,
+        `DiLoCo(...)` or `Gossip(...)`. Replicas are the members of the axis `data`.
+      compression: What they send, smaller: `Int8()`, `Int4()`, `Float8()`, `TopK(fraction)`,
+        `PowerSGD(rank)`, `Sign()`, all with error feedback; None: float32.
       dcn: Axis sizes across slices or hosts with a slower network, e.g. `{"data": 2}`.
       allow_replicated: Parameter globs that may stay replicated without an error.
 
@@ -112,7 +121,7 @@ class Strategy:
           StrategyError: Unknown field (the nearest is suggested) or unreadable value.
         """
         values: dict[str, Any] = {}
-        for part in filter(None, (p.strip() for p in text.split(","))):
+        for part in filter(None, (p.strip() for p in _split(text))):
             name, equals, value = (p.strip() for p in part.partition("="))
             if not equals:
                 raise StrategyError(f"{part!r} in strategy {text!r} is not of the form field=value")
@@ -153,7 +162,7 @@ class Strategy:
             _known_field(name)
         for name in ("sync", "compression"):
             if isinstance(values.get(name), dict):
-                values[name] = _component(name, values[name])
+                values[name] = component_from_json(name, values[name])
         return cls(**values)
 
 
@@ -206,7 +215,7 @@ def _known_field(name: str) -> None:
 def _parse_value(name: str, value: str) -> Any:
     kind = _SCALARS.get(name)
     if name in ("sync", "compression"):
-        return None if value.lower() == "none" else _component(name, {"kind": value})
+        return None if value.lower() == "none" else read_component(name, value)
     if kind is None:
         raise StrategyError(f"{name!r} cannot be written in a strategy string; pass it in Python")
     if name == "max_grad_norm" and value.lower() == "none":
@@ -233,12 +242,20 @@ def _show(value: Any) -> str:
 
 def _json_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **dataclasses.asdict(value)}
+        return component_to_json(value)
     raise TypeError(f"{value!r} in a Strategy is not JSON")
 
 
-def _component(name: str, described: dict[str, Any]) -> Any:
-    raise StrategyError(f"{name}={described.get('kind')!r} is not available in this version")
+def _split(text: str) -> list[str]:
+    """At commas that are not inside parentheses."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -265,6 +282,9 @@ def _check(s: Strategy) -> None:
     for name in ("sequence_parallel", "offload", "equal_microbatches"):
         if not isinstance(getattr(s, name), bool):
             raise StrategyError(f"{name}={getattr(s, name)!r} is not True or False")
+    for name in ("sync", "compression"):
+        check_component(name, getattr(s, name))
+    check_pair(s.sync, s.compression)
     norm = s.max_grad_norm
     if norm is not None and not (isinstance(norm, int | float) and norm > 0):
         raise StrategyError(f"max_grad_norm={s.max_grad_norm!r} is not a number > 0, or None")

@@ -23,6 +23,7 @@ import numpy as np
 from shardtrain.errors import VerificationError
 from shardtrain.plan import Plan
 from shardtrain.plan.placement import own
+from shardtrain.plan.replicas import refuse_verify
 from shardtrain.pytree import leaves_by_path
 from shardtrain.strategy import AXES
 from shardtrain.tables import Table
@@ -179,6 +180,8 @@ def verify(
       True
     """
     plan._need_devices("verify")
+    if plan.algorithm is not None:
+        refuse_verify(plan.strategy)
     if plan.strategy.precision != "fp32":
         plan = plan.again(strategy=plan.strategy.replace(precision="fp32"))
     reference = _reference(plan)

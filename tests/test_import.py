@@ -29,9 +29,11 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 PUBLIC = """
-Aux Callback Checkpointer DataLoader Exploration FitResult Functional LossGuard Mean Plan Strategy
-TensorBoardLog TrainState VerifyReport assert_collectives cross_entropy evaluate explore export
-fit hardware init_distributed inspect plan planner replica_divergence restore simulate verify
+AllReduce Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8 Functional
+Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign Strategy
+TensorBoardLog TopK TrainState VerifyReport assert_collectives cross_entropy evaluate explore
+export fit hardware init_distributed inspect plan planner replica_divergence restore simulate
+verify
 """
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -125,6 +126,8 @@ class Checkpointer:
         existing = run_directory.prepare(self.directory)
         if existing is not None:
             path = steps.step_path(self.directory, existing)
+            if hasattr(self._plan, "abstract_saved"):  # other replica counts are fine too
+                infos = leaves.describe(leaves.named_leaves(self._abstract(path)))
             loading.require_fit(path, infos, self._described())
         run_directory.sweep(self.directory)
         self._prepared = True
@@ -293,7 +296,7 @@ class Checkpointer:
         path = steps.step_path(self.directory, step)
         if found := loading.damage(path):
             return None, found
-        abstract = self._abstract()
+        abstract = self._abstract(path)
         infos = leaves.describe(leaves.named_leaves(abstract))
         loading.require_fit(path, infos, self._described())
         tree, found = loading.load_verified(path, abstract)
@@ -316,7 +319,11 @@ class Checkpointer:
         convert = getattr(self._plan, "from_checkpoint", None)
         return tree if convert is None else convert(tree)
 
-    def _abstract(self) -> Any:
+    def _abstract(self, path: Path | None = None) -> Any:
+        """What the plan wants to hold; given a step, as far as it may differ in that step."""
+        saved = getattr(self._plan, "abstract_saved", None)
+        if path is not None and saved is not None:
+            return saved({n: x.shape for n, x in manifest.read_header(path).leaves.items()})
         return getattr(self._plan, "abstract_checkpoint", self._plan.abstract_state)
 
 

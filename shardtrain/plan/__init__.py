@@ -17,6 +17,7 @@ from shardtrain.plan.inference import INFERRED_AXES, axis_table, infer_layout
 from shardtrain.plan.layout import make_layout
 from shardtrain.plan.loss import make_loss, user_loss
 from shardtrain.plan.pipelined import make_pipelined
+from shardtrain.plan.replicas import with_replicas
 from shardtrain.pytree import abstract
 from shardtrain.strategy import Strategy
 
@@ -93,6 +94,7 @@ def plan(
     if strategy.pipeline > 1:
         pipelined = make_pipelined(form, loss, optimizer, layout, strategy)
         form, layout, optimizer = pipelined.form, pipelined.layout, pipelined.optimizer
+    algorithm, layout, pipelined = with_replicas(strategy, layout, optimizer, pipelined)
 
     def again(**changes: Any) -> Plan:
         """The same model, loss, optimizer and batch under another strategy or on other devices."""
@@ -114,6 +116,7 @@ def plan(
         findings=(inferred.findings if inferred is not None else ()) + _stage_notes(pipelined),
         pipelined=pipelined,
         axis_table=table,
+        algorithm=algorithm,
     )
 
 
@@ -153,8 +156,6 @@ def _refuse_unavailable(strategy: Strategy) -> None:
         "virtual_stages": strategy.virtual_stages > 1 and strategy.pipeline == 1,
         "sequence_parallel": strategy.sequence_parallel and strategy.pipeline > 1,
         "offload": strategy.offload,
-        "sync": strategy.sync is not None,
-        "compression": strategy.compression is not None,
     }
     missing = [name for name, wanted in asked.items() if wanted]
     if missing:

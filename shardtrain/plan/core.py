@@ -21,6 +21,7 @@ from shardtrain.plan.stream import stream_findings
 from shardtrain.plan.views import PlanViews
 from shardtrain.planner.compiled import Compiled
 from shardtrain.strategy import Strategy
+from shardtrain.sync import Algorithm
 from shardtrain.train import TrainState, with_rng
 
 
@@ -52,6 +53,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         findings: tuple[str, ...] = (),
         pipelined: Pipelined | None = None,
         axis_table: Callable[[], AxisTable] | None = None,
+        algorithm: Algorithm | None = None,
     ):
         self.form = form
         self.strategy = strategy
@@ -65,6 +67,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self.hardware = hardware
         self.pipelined = pipelined
         self.axis_table = axis_table
+        self.algorithm = algorithm
         self.trace_counts: collections.Counter[str] = collections.Counter()
         self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
         self.gradients = self._gradients()
@@ -114,15 +117,16 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         else:
             params = jax.tree.map(own, given[0], shardings.params)
             others = jax.tree.map(own, given[1], shardings.variables)
-        make_opt = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
+        opt_state, sync = self._first_optimizer_state(params, others)
         zero = lambda s: jax.device_put(jnp.zeros((), jnp.int32), s)
         return TrainState(
             step=zero(shardings.step),
             params=params,
-            opt_state=make_opt(params),
+            opt_state=opt_state,
             variables=others,
             rng=place_key(jax.random.fold_in(jax.random.key(seed), 1), shardings.rng),
             skipped=zero(shardings.skipped),
+            sync=sync,
         )
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -174,7 +178,8 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self._need_devices("eval_step")
         self._check_alive(state)
         if rows is None or bool(jnp.all(jnp.asarray(rows) == 1)):
-            return self._jitted_eval(state, self.place(batch))
+            return self._jitted_eval(self._agreed(state), self.place(batch))
+        state = self._agreed(state)
         return self._jitted_eval_rows(state, self.place(batch), jnp.asarray(rows, jnp.float32))
 
     def call(self, state: TrainState, fn: Callable[..., Any], *args: Any) -> Any:
@@ -189,6 +194,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self._check_alive(state)
         if fn not in self._jitted_calls:
             self._jitted_calls[fn] = jax.jit(self._calling(fn))
+        state = self._agreed(state)
         return self._jitted_calls[fn](state.params, state.variables, state.rng, args)
 
     def model(self, state: TrainState) -> Any:
@@ -197,6 +203,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         Its arrays are copies: they live on when the state is donated to the next step.
         """
         self._check_alive(state)
+        state = self._agreed(state)
         copy = lambda tree: jax.tree.map(jnp.copy, tree)
         return self.form.rebuild(copy(state.params), copy(state.variables))
 

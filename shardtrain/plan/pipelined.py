@@ -95,7 +95,9 @@ class Pipelined:
         shapes = jax.eval_shape(self.unstack, self.layout.state)
         known = {
             p: x.sharding
-            for p, x in jax.tree_util.tree_leaves_with_path(self.whole.state)
+            for p, x in jax.tree_util.tree_leaves_with_path(
+                self.whole.state.replace(sync=self.layout.state.sync)
+            )
             if hasattr(x, "sharding")
         }
         whole = NamedSharding(self.layout.mesh, PartitionSpec())
@@ -145,8 +147,8 @@ def make_pipelined(
     return Pipelined(pipeline, _layout(whole, pipeline, stacked, s), stacked, whole)
 
 
-def pipeline_gradients(found: Pipelined, s: Strategy) -> GradFn:
-    """The gradient function of the split model."""
+def pipeline_gradients(found: Pipelined, s: Strategy, batch_axes: tuple[str, ...]) -> GradFn:
+    """The gradient function of the split model, for a batch split over these mesh axes."""
     layout, pipeline = found.layout, found.pipeline
     names = [leaf.name for leaf in pipeline.model.params]
     chunk = lambda spec: PartitionSpec(spec[0], *spec[2:])
@@ -160,7 +162,7 @@ def pipeline_gradients(found: Pipelined, s: Strategy) -> GradFn:
         pipeline.schedule,
         layout.mesh,
         pipeline.params,
-        batch_axes=layout.batch_axes,
+        batch_axes=batch_axes,
         constrain=layout.constrain(layout.grad_specs),
         **options,
     )

@@ -10,6 +10,7 @@ from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.loss import make_loss
 from shardtrain.plan.pipelined import pipeline_gradients
+from shardtrain.plan.replicas import replica_gradients
 from shardtrain.plan.stream import constrain_stream
 from shardtrain.train import LossFn, TrainState, make_eval, make_step, over_rows
 
@@ -23,7 +24,7 @@ class PlanPrograms:
     def _gradients(self: "Plan") -> GradientPlan:
         layout, s = self.layout, self.strategy
         if self.pipelined is not None:
-            return GradientPlan(pipeline_gradients(self.pipelined, s), ())
+            return GradientPlan(pipeline_gradients(self.pipelined, s, self._batch_axes()), ())
         gathers = s.zero == 3 and layout.sizes["fsdp"] > 1
 
         def loss_for(local_axes: tuple[str, ...]) -> LossFn:
@@ -40,16 +41,46 @@ class PlanPrograms:
             )
             return constrain_stream(loss, layout, s, local_axes)
 
+        if self.algorithm is not None:
+            grad_fn = replica_gradients(loss_for, self.proof_loss, layout, s)
+            return GradientPlan(grad_fn, ("data",))
         return make_gradients(loss_for, self.proof_loss, layout, s)
+
+    def _batch_axes(self: "Plan") -> tuple[str, ...]:
+        """Mesh axes that split the batch of one gradient function."""
+        without = () if self.algorithm is None else ("data",)
+        return tuple(a for a in self.layout.batch_axes if a not in without)
+
+    def _first_optimizer_state(self: "Plan", params: Any, variables: Any) -> tuple[Any, Any]:
+        """The state of the optimizer and, where replicas keep something, theirs."""
+        shardings = self.layout.state_shardings
+        if self.algorithm is None:
+            make = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
+            return make(params), None
+        out = (shardings.opt_state, shardings.sync)
+        return jax.jit(self.algorithm.init, out_shardings=out)(params, variables)
+
+    def _agreed(self: "Plan", state: TrainState) -> TrainState:
+        """The state with the parameters that the replicas agree on."""
+        if self.algorithm is None or self.algorithm.agreed is None:
+            return state
+        if "agreed" not in self._jitted_calls:
+            self._jitted_calls["agreed"] = jax.jit(
+                self.algorithm.agreed, out_shardings=self.layout.state_shardings
+            )
+        return self._jitted_calls["agreed"](state)
 
     def _make_step(self: "Plan") -> Any:
         layout = self.layout
-        body = make_step(
-            self.gradients.grad_fn,
-            self.optimizer,
-            self.strategy.max_grad_norm,
-            layout.constrain(layout.update_specs),
-        )
+        if self.algorithm is not None:
+            body = self.algorithm.make_step(self.gradients.grad_fn)
+        else:
+            body = make_step(
+                self.gradients.grad_fn,
+                self.optimizer,
+                self.strategy.max_grad_norm,
+                layout.constrain(layout.update_specs),
+            )
 
         def step(state: TrainState, rng: jax.Array, batch: Any) -> Any:
             self.trace_counts["step"] += 1

@@ -1,12 +1,16 @@
 """What a plan insists on: live states, values of the right model, and the model's own layout."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
 
+from shardtrain.checkpoint.leaves import named_leaves
 from shardtrain.errors import ModelError, ShardingDriftError, ShardtrainError
 from shardtrain.pytree import leaves_by_path
+from shardtrain.sync import needs_reshard, reshard
+from shardtrain.sync.reshard import saved_form
 from shardtrain.train import TrainState
 
 if TYPE_CHECKING:
@@ -18,12 +22,17 @@ class PlanStates:
 
     def to_checkpoint(self: "Plan", state: TrainState) -> TrainState:
         """The state as any mesh can restore it: layers that a pipeline stacked, one by one."""
+        state = self._agreed(state)
         if self.pipelined is None:
             return state
         return self._convert("unstack", state, self.abstract_checkpoint)
 
     def from_checkpoint(self: "Plan", state: TrainState) -> TrainState:
-        """The inverse of `to_checkpoint`."""
+        """The inverse of `to_checkpoint`; also of one with another number of replicas."""
+        if needs_reshard(state.sync, self.layout.state.sync):
+            shardings = self.layout.state_shardings.sync
+            fit = lambda sync: reshard(sync, self.layout.state.sync)
+            state = state.replace(sync=jax.jit(fit, out_shardings=shardings)(state.sync))
         if self.pipelined is None:
             return state
         return self._convert("stack", state, self.layout.state)
@@ -32,6 +41,18 @@ class PlanStates:
     def abstract_checkpoint(self: "Plan") -> TrainState:
         """Shapes and shardings of what `to_checkpoint` returns."""
         return self.layout.state if self.pipelined is None else self.pipelined.abstract_unstacked
+
+    def abstract_saved(self: "Plan", shapes: Mapping[str, tuple[int, ...]]) -> TrainState:
+        """`abstract_checkpoint` with the number of replicas of a checkpoint.
+
+        Args:
+          shapes: Name -> shape of the checkpoint's leaves.
+        """
+        state = self.abstract_checkpoint
+        named = saved_form(named_leaves({"sync": state.sync}), shapes)
+        return state.replace(
+            sync=jax.tree.unflatten(jax.tree.structure(state.sync), named.values())
+        )
 
     def _convert(self: "Plan", how: str, state: TrainState, like: TrainState) -> TrainState:
         if how not in self._jitted_calls:

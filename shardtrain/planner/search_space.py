@@ -98,7 +98,7 @@ def _variants(
         options = {
             "data": replicas // shard, "fsdp": shard // expert, "tensor": tensor,
             "pipeline": pipeline, "context": context, "expert": expert,
-            "zero": zero if shard > 1 else 3,
+            "zero": zero if replicas > 1 else 3,
             "num_microbatches": parts, "schedule": schedule, "virtual_stages": virtual,
             "remat": remat, "sequence_parallel": sequence_parallel, "precision": precision,
             "equal_microbatches": parts > 1, "offload": offload,

@@ -364,3 +364,13 @@ def test_ctrl_c_saves_the_last_step(text, tmp_path):
     assert "Traceback" not in err
     steps = [int(p.name) for p in out.iterdir() if p.name.isdigit()]
     assert f"Stopped at step {steps[-1]}, which is saved" in " ".join(rest.split())
+
+
+def test_goodput_of_a_published_failure_rate(capsys):
+    assert main(["goodput", "--stall", "0.5", "--recovery", "60"]) == 0
+    out = capsys.readouterr().out
+    assert "16384 devices: one interruption every 2.78 h" in out
+    assert "expected goodput 98.41 %" in out
+    assert "452 interruptions" in out
+    assert main(["goodput", "--stall", "-1"]) == 2
+    assert "not negative" in capsys.readouterr().err

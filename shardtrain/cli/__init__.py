@@ -33,6 +33,7 @@ COMMANDS = {
     "launch": Command("run several processes on this machine, supervised", "shardtrain.cli.launch"),
     "inspect": Command("say what is in a checkpoint", "shardtrain.cli.inspect"),
     "export": Command("write a checkpoint's parameters as safetensors", "shardtrain.cli.export"),
+    "goodput": Command("training time left by failures at a known rate", "shardtrain.cli.goodput"),
 }
 
 _EXAMPLES = (

@@ -76,6 +76,8 @@ def problems(step_directory: Path, share: int = 0, num_shares: int = 1) -> list[
         return [str(error)]
     if outside := [name for name in recorded if not _is_inside(name)]:
         return [f"the manifest names a file outside of the step: {outside[0]!r}"]
+    if links := [name for name in recorded if _passes_a_link(step_directory, name)]:
+        return [f"{links[0]} is a symbolic link, or lies behind one"]
     found = [
         problem
         for name, (size, _) in sorted(recorded.items())
@@ -100,6 +102,13 @@ def total_bytes(step_directory: Path) -> int:
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
+
+
+def _passes_a_link(step_directory: Path, name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return any(
+        step_directory.joinpath(*parts[: depth + 1]).is_symlink() for depth in range(len(parts))
+    )
 
 
 def _size_problem(path: Path, name: str, size: int) -> str | None:

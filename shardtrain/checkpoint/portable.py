@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from shardtrain.checkpoint import leaves, manifest, steps, store
+from shardtrain.checkpoint import leaves, manifest, safetensors, steps, store
 from shardtrain.checkpoint.describe import describe_mesh, human_bytes
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
 from shardtrain.checkpoint.header import Header
@@ -24,7 +24,8 @@ def restore(
     """A checkpoint as nested dicts of numpy arrays.
 
     Args:
-        path: a run directory (its newest complete step is read) or one step of it.
+        path: a run directory (its newest complete step is read), one step of it, or a
+            `.safetensors` file, also of other makers.
         step: another step of the run.
         only: a name or the beginning of names, e.g. `"params"` or `"params/encoder"`.
 
@@ -34,6 +35,9 @@ def restore(
     Raises:
         CheckpointError: nothing there, or it is damaged (a wrong value is never returned).
     """
+    if safetensors.is_file(steps.resolve(path)):
+        found = safetensors.load(steps.resolve(path))
+        return _nested({n: found[n] for n in matching(list(found), only, str(path))})
     directory = verified_step(path, step)
     header = manifest.read_header(directory)
     flat = dict(read_leaves(directory, header, select(header, only)))
@@ -60,16 +64,19 @@ def verified_step(path: str | os.PathLike[str], step: int | None = None) -> Path
 
 def select(header: Header, only: str | None) -> list[str]:
     """Names equal to `only` or below it; all for None."""
+    return matching(list(header.leaves), only, f"step {header.step}")
+
+
+def matching(names: list[str], only: str | None, where: str) -> list[str]:
+    """Those of `names` equal to `only` or below it; all for None."""
     if only is None:
-        return list(header.leaves)
+        return names
     prefix = only.strip("/")
-    names = [n for n in header.leaves if n == prefix or n.startswith(prefix + "/")]
-    if not names:
-        top = {name.split("/")[0] for name in header.leaves}
-        raise CheckpointError(
-            f"nothing called {only!r} in step {header.step}; {suggest(only, top)}"
-        )
-    return names
+    found = [n for n in names if n == prefix or n.startswith(prefix + "/")]
+    if not found:
+        top = {name.split("/")[0] for name in names}
+        raise CheckpointError(f"nothing called {only!r} in {where}; {suggest(only, top)}")
+    return found
 
 
 def read_leaves(

@@ -95,8 +95,23 @@ def test_no_sum_of_a_gradient_is_narrow(name: str):
             narrow = [v for v in eqn.outvars if getattr(v.aval, "dtype", None) == jnp.bfloat16]
             assert not [v for v in narrow if v.aval.shape in shapes], eqn
     exact = jax.grad(loss)(jax.tree.map(lambda x: x.astype(jnp.float32), p), X.astype(jnp.float32))
-    for g, e in zip(jax.tree.leaves(jax.jit(widen(gradient))(p, X)), jax.tree.leaves(exact)):
+    for g, e in zip(
+        jax.tree.leaves(jax.jit(widen(gradient))(p, X)), jax.tree.leaves(exact), strict=True
+    ):
         np.testing.assert_allclose(g, e, rtol=0.1, atol=0.03 * float(jnp.max(jnp.abs(e))))
+
+
+@pytest.mark.parametrize("name", ["tied", "rematted"])
+def test_master_weights_get_what_was_summed_in_float32(name: str):
+    """Float32 parameters cast inside: their gradients do not pass through bfloat16 on the way."""
+    loss, lead = CASES[name]
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights(*lead))
+    masters = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    cast = lambda p, x: loss(jax.tree.map(lambda w: w.astype(jnp.bfloat16), p), x)
+    want = jax.jit(widen(jax.grad(loss)))(narrow, X)
+    got = jax.jit(widen(jax.grad(cast)))(masters, X)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), got, want))
+    assert any(bool((g != g.astype(jnp.bfloat16)).any()) for g in jax.tree.leaves(got))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,7 +134,7 @@ def test_sums_of_many_small_gradients_keep_what_bfloat16_would_drop():
 
 
 def test_a_rematerialised_block_stays_one():
-    """Its backward pass is still marked as differentiated: XLA must not merge it with the forward."""
+    """Its backward is still marked as differentiated: XLA must not merge it with the forward."""
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights(3))
     blocks = lambda fn: [
         e.params["differentiated"]

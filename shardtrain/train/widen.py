@@ -108,8 +108,10 @@ def _sources(eqn: jex.JaxprEqn, outs: Sequence[bool]) -> list[Any]:
 
 def _drops_ones(eqn: jex.JaxprEqn) -> bool:
     """A sum over dims of size 1, as broadcasting leaves behind."""
-    sizes = [getattr(a.aval, "size", 0) for a in (eqn.invars[0], eqn.outvars[0])]
-    return eqn.primitive.name == "reduce_sum" and sizes[0] == sizes[1]
+    if eqn.primitive.name != "reduce_sum":
+        return False
+    before, after = (getattr(a.aval, "size", 0) for a in _both(eqn))
+    return before == after
 
 
 def _scan_chosen(eqn: jex.JaxprEqn, outs: Sequence[bool]) -> list[bool]:
@@ -147,11 +149,12 @@ def _run(program: jex.ClosedJaxpr, chosen: Sequence[bool], args: Sequence[Any]) 
     followed = _followed(program, chosen)
     env = start(program, args)
     for eqn in program.jaxpr.eqns:
-        outs = [v in followed and _narrow(v) for v in eqn.outvars]
+        outs = [v in followed for v in eqn.outvars]
         values = [read(env, a) for a in eqn.invars]
-        if any(outs) or (bodies(eqn) and any(v in followed for v in eqn.outvars)):
-            flags = [v in followed for v in eqn.outvars]
-            made = _wide(eqn, values, flags)
+        if any(o and _narrow(v) for o, v in zip(outs, eqn.outvars, strict=True)) or (
+            any(outs) and (bodies(eqn) or _is_cast(eqn))
+        ):
+            made = _wide(eqn, values, outs)
         else:
             made = bind(eqn, [_as(v, a.aval) for v, a in zip(values, eqn.invars, strict=True)])
         env.update(zip(eqn.outvars, made, strict=True))
@@ -164,7 +167,7 @@ def _run(program: jex.ClosedJaxpr, chosen: Sequence[bool], args: Sequence[Any]) 
 def _wide(eqn: jex.JaxprEqn, values: list[Any], outs: list[bool]) -> list[Any]:
     """One equation whose outputs are wanted in float32."""
     name = eqn.primitive.name
-    if name == "convert_element_type":
+    if _is_cast(eqn):
         return [_float32(values[0])]
     if name in ("scatter-add", "scatter_add"):
         return [_scatter_add(eqn, values)]
@@ -262,6 +265,16 @@ def _retyped(eqn: jex.JaxprEqn, ins: Sequence[Any], outs: Sequence[bool]) -> jex
 
 def _floating(atom: Any) -> bool:
     return jnp.issubdtype(getattr(atom.aval, "dtype", jnp.int32), jnp.floating)
+
+
+def _is_cast(eqn: jex.JaxprEqn) -> bool:
+    """From one floating-point dtype to another, float32 at most."""
+    cast = eqn.primitive.name == "convert_element_type"
+    return cast and all(_floating(a) and a.aval.dtype.itemsize <= 4 for a in _both(eqn))
+
+
+def _both(eqn: jex.JaxprEqn) -> list[Any]:
+    return [eqn.invars[0], eqn.outvars[0]]
 
 
 def _narrow(atom: Any) -> bool:

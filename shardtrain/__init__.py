@@ -38,6 +38,7 @@ _EXPORTS = {
     "assert_collectives": "planner.assertions",
     "cross_entropy": "modules",
     "evaluate": "fit",
+    "explain_oom": "explore",
     "explore": "explore",
     "export": "checkpoint",
     "fit": "fit",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from shardtrain.checkpoint import restore as restore
     from shardtrain.data import DataLoader as DataLoader
     from shardtrain.explore import Exploration as Exploration
+    from shardtrain.explore import explain_oom as explain_oom
     from shardtrain.explore import explore as explore
     from shardtrain.fit import FitResult as FitResult
     from shardtrain.fit import evaluate as evaluate

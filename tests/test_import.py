@@ -31,9 +31,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PUBLIC = """
 AllReduce Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8 Functional
 Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign Strategy
-TensorBoardLog TopK TrainState VerifyReport assert_collectives cross_entropy evaluate explore
-export fit hardware init_distributed inspect plan planner replica_divergence restore simulate
-verify
+TensorBoardLog TopK TrainState VerifyReport assert_collectives cross_entropy evaluate explain_oom
+explore export fit hardware init_distributed inspect plan planner replica_divergence restore
+simulate verify
 """
 
 

@@ -2,5 +2,6 @@
 
 from shardtrain.explore.core import explore
 from shardtrain.explore.exploration import Exploration
+from shardtrain.explore.oom import OomReport, explain_oom
 
-__all__ = ["Exploration", "explore"]
+__all__ = ["Exploration", "OomReport", "explain_oom", "explore"]

@@ -424,3 +424,45 @@ def test_products_scheduled_behind_an_asynchronous_collective_are_added_up():
         ("all-reduce", 2 * LAYERS * PRODUCT),
     }
     assert all(c.overlapped_flops == 0 for c in found if not c.is_async)
+
+
+COMBINED = """HloModule step, is_scheduled=true, num_partitions=2
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter (p0: f32[8,4], p1: f32[6]) -> (f32[4,4], f32[3]) {
+  %p0 = f32[8,4] parameter(0)
+  %p1 = f32[6] parameter(1)
+  %zero = s32[] constant(0)
+  %at = s32[] constant(4)
+  %both = (f32[8,4], f32[6]) all-reduce(%p0, %p1), replica_groups=[1,2]<=[2], to_apply=%sum
+  %first = f32[8,4] get-tuple-element(%both), index=0
+  %mine = f32[4,4] dynamic-slice(%first, %at, %zero), dynamic_slice_sizes={4,4}
+  %second = f32[6] get-tuple-element(%both), index=1
+  %own = f32[3] dynamic-slice(%second, %at), dynamic_slice_sizes={3}
+  ROOT %out = (f32[4,4], f32[3]) tuple(%mine, %own)
+}
+
+ENTRY %main (x: f32[8,4], y: f32[6]) -> (f32[4,4], f32[3]) {
+  %x = f32[8,4] parameter(0)
+  %y = f32[6] parameter(1)
+  ROOT %f = (f32[4,4], f32[3]) fusion(%x, %y), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_fused_reduce_scatter_of_several_gradients_is_one():
+    """How v5e programs combine the gradients of all layers: an all-reduce of which shards stay."""
+    (found,) = parse_collectives(COMBINED, ("fsdp",), np.arange(2))
+    assert (found.kind, found.axes, found.bytes) == ("reduce-scatter", ("fsdp",), (32 + 6) * 4)
+    # With one result used whole it is an all-reduce.
+    whole = COMBINED.replace(
+        "ROOT %out = (f32[4,4], f32[3]) tuple(%mine, %own)",
+        "ROOT %out = (f32[4,4], f32[6]) tuple(%mine, %second)",
+    )
+    (found,) = parse_collectives(whole, ("fsdp",), np.arange(2))
+    assert found.kind == "all-reduce"

@@ -21,6 +21,7 @@ from shardtrain.planner.replica_groups import (
 from shardtrain.planner.usage import is_loop_invariant, is_only_sliced, summed_pieces
 
 _CHAIN = "frontend_attributes={chain_id="
+_PASSED_ON = ("bitcast", "reshape", "copy", "pad", "get-tuple-element")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _slice_sizes(node: Instruction) -> list[tuple[int, ...]]:
 def _is_scattered(computation: Computation, node: Instruction) -> bool:
     """Whether a fused all-reduce is only sliced: how TPU programs spell reduce-scatter."""
     users = computation.users.get(node.name, ())
-    while users and all(u.opcode in ("bitcast", "reshape", "copy", "pad") for u in users):
+    while users and all(u.opcode in _PASSED_ON for u in users):
         users = tuple(w for u in users for w in computation.users.get(u.name, ()))
     return bool(users) and all(u.opcode == "dynamic-slice" for u in users)
 

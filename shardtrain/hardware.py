@@ -1,15 +1,22 @@
 """Hardware you have, or think of renting: peaks, memory and links of each chip, with their source.
 
 `hardware("h100:8x8")` is eight hosts of eight chips, `hardware("v5p:4x4x4")` a TPU slice,
-`hardware("cpu:8")` eight host devices. Nothing here imports JAX or touches a device.
+`hardware("cpu:8")` eight host devices, `hardware("local")` this machine as `shardtrain doctor`
+measured it. Nothing here imports JAX or touches a device.
 
 All rates are dense (no sparsity), per chip, one direction, in SI units: FLOP/s and bytes/s.
 `matmul` is what large matrix multiplications reach when measured, not what a datasheet promises.
 """
 
+import dataclasses
 import html
+import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -233,16 +240,16 @@ class Hardware:
     def rows(self) -> list[tuple[str, str]]:
         """(quantity, value) pairs as printed."""
         c = self.chip
-        peaks = ", ".join(f"{name} {rate / TFLOP:g}" for name, rate in c.peak)
+        peaks = ", ".join(f"{name} {_short(rate / TFLOP)}" for name, rate in c.peak)
         link = f"{c.torus}D torus" if c.torus else f"switch, {self.domain_size} chips"
         return [
             ("chips", f"{self.chip_count} on {self.host_count} hosts"),
-            ("memory per chip", f"{c.memory / GB:g} GB at {c.memory_bandwidth / GB:,.0f} GB/s"),
+            ("memory per chip", f"{c.memory / GB:.4g} GB at {_rate(c.memory_bandwidth)} GB/s"),
             ("peak TFLOP/s (dense)", peaks),
-            ("achievable bf16 matmul", f"{c.matmul_flops() / TFLOP:,.0f} TFLOP/s"),
-            ("fast links", f"{c.link_bandwidth / GB:g} GB/s one way ({link})"),
-            ("network per chip", f"{c.network_bandwidth / GB:g} GB/s one way"),
-            ("host copies", f"{c.host_bandwidth / GB:g} GB/s"),
+            ("achievable bf16 matmul", f"{_short(c.matmul_flops() / TFLOP)} TFLOP/s"),
+            ("fast links", f"{_rate(c.link_bandwidth)} GB/s one way ({link})"),
+            ("network per chip", f"{_rate(c.network_bandwidth)} GB/s one way"),
+            ("host copies", f"{_rate(c.host_bandwidth)} GB/s"),
             ("source", c.source),
         ]
 
@@ -259,6 +266,16 @@ class Hardware:
             for name, value in self.rows()
         )
         return f"<table><caption>{html.escape(str(self))}</caption>{cells}</table>"
+
+
+def _rate(value: float) -> str:
+    """Bytes/s in GB/s."""
+    return _short(value / GB)
+
+
+def _short(value: float) -> str:
+    """Datasheet figures as they are printed there, measured ones with three digits."""
+    return f"{value:,g}" if float(f"{value:.5g}") == value or value >= 1000 else f"{value:.3g}"
 
 
 def hardware(spec: "str | Hardware") -> Hardware:
@@ -281,6 +298,8 @@ def hardware(spec: "str | Hardware") -> Hardware:
     if isinstance(spec, Hardware):
         return spec
     name, _, shape = spec.partition(":")
+    if name.strip().lower() == "local":
+        return _local(shape)
     found = chip(name)
     if not shape:
         return Hardware(found, (1, found.chips_per_host))
@@ -316,3 +335,77 @@ def _fill_hosts(found: Chip, count: int) -> tuple[int, int]:
             f"write hosts x chips per host, for example '{found.name}:{count}x1'"
         )
     return count // per_host, per_host
+
+
+def chip_of_device(kind: str) -> Chip | None:
+    """The chip a JAX device is, by its `device_kind` ("NVIDIA H100 80GB HBM3"); None: not known.
+
+    Example:
+        >>> chip_of_device("NVIDIA H200").name
+        'h200'
+    """
+    words = kind.lower().replace("v5 lite", "v5e").replace("v6 lite", "v6e").replace("-sxm4", "")
+    names = sorted((n for n, c in CHIPS.items() if c.kind != "cpu"), key=len, reverse=True)
+    return next((CHIPS[name] for name in names if name in words.replace(" ", "-")), None)
+
+
+def local_file() -> Path:
+    """Where `shardtrain doctor` keeps what it measured."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "shardtrain", "local.json")
+
+
+def save_local(measured: Hardware, notes: Mapping[str, Any]) -> Path:
+    """Keep a measured machine for `hardware("local")`.
+
+    Args:
+        measured: its chip is named "local".
+        notes: kept beside it, JSON-able.
+    """
+    path = local_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = dataclasses.asdict(measured.chip)
+    text = json.dumps({"chip": fields, "topology": measured.topology, **notes}, indent=1)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def measured_locally(kind: str, count: int) -> bool:
+    """Whether `shardtrain doctor` has measured devices like these.
+
+    Args:
+        kind: JAX's `device_kind`.
+        count: how many; virtual CPU devices share cores, so their number must be the same.
+    """
+    path = local_file()
+    if not path.is_file():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = found["device_kind"] == kind
+        return same and (kind.lower() != "cpu" or math.prod(found["topology"]) == count)
+    except (ValueError, KeyError, TypeError):
+        return False  # `hardware("local")` says what is wrong with it
+
+
+def _local(shape: str) -> Hardware:
+    """This machine as it was measured, or more of the same."""
+    path = local_file()
+    if not path.is_file():
+        raise HardwareError("hardware 'local' is not measured yet: run `shardtrain doctor` first")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = dict(found["chip"])
+        fields["peak"] = tuple((name, rate) for name, rate in fields["peak"])
+        measured, topology = Chip(**fields), tuple(found["topology"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise HardwareError(f"{path} cannot be read ({error}); run `shardtrain doctor`") from error
+    if not shape:
+        return Hardware(measured, topology)
+    parts = shape.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise HardwareError(f"'local:{shape}': give devices, or hosts x devices per host")
+    sizes = tuple(int(part) for part in parts)
+    return Hardware(measured, sizes if len(sizes) == 2 else (1, sizes[0]))

@@ -21,7 +21,7 @@ LAYERS = (
     ("planner", "viz"),  # pictures of plain data
     ("plan",),
     ("recovery",),
-    ("fit", "verify", "explore"),
+    ("fit", "verify", "explore", "doctor"),
     ("cli",),
 )
 """Lowest first; `models` may use what it likes and nothing uses it but the command line."""

@@ -31,6 +31,7 @@ COMMANDS = {
     "explore": Command("rank every layout of a model on any chips", "shardtrain.cli.explore"),
     "verify": Command("compare sharded training with one device", "shardtrain.cli.verify"),
     "launch": Command("run several processes on this machine, supervised", "shardtrain.cli.launch"),
+    "doctor": Command("measure this machine and find problems", "shardtrain.cli.doctor"),
     "inspect": Command("say what is in a checkpoint", "shardtrain.cli.inspect"),
     "export": Command("write a checkpoint's parameters as safetensors", "shardtrain.cli.export"),
     "goodput": Command("training time left by failures at a known rate", "shardtrain.cli.goodput"),

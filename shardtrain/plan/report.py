@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from rich.console import Group
 
+from shardtrain.hardware import chip_of_device, measured_locally
 from shardtrain.modules import ModelForm
 from shardtrain.partitioning.rules import as_axes
 from shardtrain.plan.explain import device_bytes
@@ -87,12 +88,12 @@ def _devices(mesh: Any) -> str:
 
 
 def local_hardware(mesh: Any) -> str:
-    """The hardware string of this machine's devices, for estimates."""
-    kind = mesh.devices.flat[0].device_kind.lower()
-    for name in ("h200", "h100", "b200", "a100"):
-        if name in kind:
-            return f"{name}:1x{mesh.size}"
-    return f"cpu:{mesh.size}"
+    """The hardware string of this machine's devices, for estimates; as `doctor` measured them."""
+    kind = mesh.devices.flat[0].device_kind
+    if measured_locally(kind, mesh.size):
+        return f"local:1x{mesh.size}"
+    listed = chip_of_device(kind)
+    return f"{listed.name}:1x{mesh.size}" if listed and listed.kind == "gpu" else f"cpu:{mesh.size}"
 
 
 def plan_figures(plan: Any, path: str | None) -> dict[str, Any]:

@@ -46,6 +46,7 @@ _EXPORTS = {
     "init_distributed": "launch",
     "inspect": "checkpoint",
     "plan": "plan",
+    "replay_step": "recovery",
     "replica_divergence": "checkpoint",
     "restore": "checkpoint",
     "simulate": "mesh",
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from shardtrain.plan import Plan as Plan
     from shardtrain.plan import plan as plan
     from shardtrain.planner.assertions import assert_collectives as assert_collectives
+    from shardtrain.recovery import replay_step as replay_step
     from shardtrain.strategy import Strategy as Strategy
     from shardtrain.train import TrainState as TrainState
     from shardtrain.verify import VerifyReport as VerifyReport

@@ -34,6 +34,7 @@ COMMANDS = {
     "doctor": Command("measure this machine and find problems", "shardtrain.cli.doctor"),
     "inspect": Command("say what is in a checkpoint", "shardtrain.cli.inspect"),
     "export": Command("write a checkpoint's parameters as safetensors", "shardtrain.cli.export"),
+    "replay": Command("find where a bad step begins to be not finite", "shardtrain.cli.replay"),
     "goodput": Command("training time left by failures at a known rate", "shardtrain.cli.goodput"),
 }
 

@@ -72,17 +72,18 @@ class Examination:
 
     def table(self) -> Table:
         """Quantity, value, what it is compared with."""
-        listed = chip_of_device(self.devices)
+        listed = chip_of_device(self.kind)
+        share = lambda rate, what: f"{rate / what(listed):.0%} of the datasheet" if listed else ""
         rows = [("devices", self.devices, "")]
         for dtype, rate in self.matmul.items():
-            rows.append((f"matmul {dtype}", f"{rate / 1e12:.3g} TFLOP/s",
-                         _of(rate, listed.peak_flops(dtype) if listed else None)))  # fmt: skip
-        rows.append(("device memory", f"{self.memory_bandwidth / 1e9:.3g} GB/s",
-                     _of(self.memory_bandwidth, listed.memory_bandwidth if listed else None)))  # fmt: skip
+            told = share(rate, lambda chip, dtype=dtype: chip.peak_flops(dtype))
+            rows.append((f"matmul {dtype}", f"{rate / 1e12:.3g} TFLOP/s", told))
+        told = share(self.memory_bandwidth, lambda chip: chip.memory_bandwidth)
+        rows.append(("device memory", f"{self.memory_bandwidth / 1e9:.3g} GB/s", told))
         for link in self.links:
-            told = f"{link.bandwidth / 1e9:.3g} GB/s, {1e6 * link.latency:.0f} us"
-            rows.append((f"all-reduce over {link.axis} ({link.size})", told,
-                         _of(link.bandwidth, listed.link_bandwidth if listed else None)))  # fmt: skip
+            rate = f"{link.bandwidth / 1e9:.3g} GB/s, {1e6 * link.latency:.0f} us"
+            told = share(link.bandwidth, lambda chip: chip.link_bandwidth)
+            rows.append((f"all-reduce over {link.axis} ({link.size})", rate, told))
         rows += [
             ("host to device", f"{self.host_to_device / 1e9:.3g} GB/s", ""),
             ("device to host", f"{self.device_to_host / 1e9:.3g} GB/s", ""),
@@ -179,7 +180,3 @@ def as_hardware(
             source=f"{source}; the rest: {listed.source}", **changes,
         )  # fmt: skip
     return Hardware(chip, (hosts, each))
-
-
-def _of(measured: float, listed: float | None) -> str:
-    return f"{measured / listed:.0%} of the datasheet" if listed else ""

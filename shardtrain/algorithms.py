@@ -13,8 +13,18 @@ from typing import Any
 from shardtrain.errors import StrategyError, suggest
 
 
-@dataclass(frozen=True)
-class AllReduce:
+class _Component:
+    """Shown as it would be written: only what differs from the defaults."""
+
+    def __repr__(self) -> str:
+        value: Any = self
+        changed = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+        return f"{type(self).__name__}({shown})"
+
+
+@dataclass(frozen=True, repr=False)
+class AllReduce(_Component):
     """Every step applies the mean gradient of all replicas (the default).
 
     Args:
@@ -29,8 +39,8 @@ class AllReduce:
     explicit: bool = False
 
 
-@dataclass(frozen=True)
-class ParameterServer:
+@dataclass(frozen=True, repr=False)
+class ParameterServer(_Component):
     """Every parameter has an owner: push gradients to it, update there, pull parameters.
 
     Push is a reduce-scatter, pull an all-gather. With `max_staleness=k > 0` the gradient of a step
@@ -60,8 +70,8 @@ class ParameterServer:
             )
 
 
-@dataclass(frozen=True)
-class LocalSGD:
+@dataclass(frozen=True, repr=False)
+class LocalSGD(_Component):
     """Replicas train alone and average their parameters every `sync_every` steps.
 
     With `weighting="examples"` this is FedAvg (McMahan et al. 2017), with `"equal"` local SGD
@@ -92,8 +102,8 @@ class LocalSGD:
             object.__setattr__(self, "proximal", tuple(self.proximal))
 
 
-@dataclass(frozen=True)
-class Nesterov:
+@dataclass(frozen=True, repr=False)
+class Nesterov(_Component):
     """The outer optimizer of DiLoCo: SGD with Nesterov momentum.
 
     Args:
@@ -101,16 +111,16 @@ class Nesterov:
       momentum: Of the outer step.
 
     Example:
-      >>> Nesterov()
-      Nesterov(learning_rate=0.7, momentum=0.9)
+      >>> Nesterov(momentum=0.8)
+      Nesterov(momentum=0.8)
     """
 
     learning_rate: float = 0.7
     momentum: float = 0.9
 
 
-@dataclass(frozen=True)
-class DiLoCo:
+@dataclass(frozen=True, repr=False)
+class DiLoCo(_Component):
     """Local steps, then an outer optimizer on the mean change of the replicas.
 
     Douillard et al. 2023 (arXiv:2311.08105); fragments: arXiv:2501.18512.
@@ -144,8 +154,8 @@ class DiLoCo:
             )
 
 
-@dataclass(frozen=True)
-class Gossip:
+@dataclass(frozen=True, repr=False)
+class Gossip(_Component):
     """Every `sync_every` steps each replica averages its parameters with its two ring neighbours.
 
     Nobody ever holds the average of all; it is computed where it is asked for (evaluation,
@@ -165,8 +175,8 @@ class Gossip:
         _whole(self, "sync_every", 1)
 
 
-@dataclass(frozen=True)
-class Int8:
+@dataclass(frozen=True, repr=False)
+class Int8(_Component):
     """8 bits per number, one float32 scale per block.
 
     Args:
@@ -181,8 +191,8 @@ class Int8:
         _block(self)
 
 
-@dataclass(frozen=True)
-class Int4:
+@dataclass(frozen=True, repr=False)
+class Int4(_Component):
     """4 bits per number, one float32 scale per block. Arguments as `Int8`."""
 
     block_size: int = 128
@@ -192,8 +202,8 @@ class Int4:
         _block(self)
 
 
-@dataclass(frozen=True)
-class Float8:
+@dataclass(frozen=True, repr=False)
+class Float8(_Component):
     """8-bit floating point (e4m3), one float32 scale per block. Arguments as `Int8`."""
 
     block_size: int = 256
@@ -203,8 +213,8 @@ class Float8:
         _block(self)
 
 
-@dataclass(frozen=True)
-class Sign:
+@dataclass(frozen=True, repr=False)
+class Sign(_Component):
     """One bit per number and the mean magnitude of its block. Arguments as `Int8`.
 
     EF-signSGD, Karimireddy et al. 2019 (arXiv:1901.09847).
@@ -217,8 +227,8 @@ class Sign:
         _block(self)
 
 
-@dataclass(frozen=True)
-class TopK:
+@dataclass(frozen=True, repr=False)
+class TopK(_Component):
     """Only the largest numbers of each array, 8 bytes for each (value and place).
 
     Lin et al. 2018 (arXiv:1712.01887).
@@ -237,8 +247,8 @@ class TopK:
             raise StrategyError(f"TopK(fraction={self.fraction}): a share is in (0, 1]")
 
 
-@dataclass(frozen=True)
-class PowerSGD:
+@dataclass(frozen=True, repr=False)
+class PowerSGD(_Component):
     """Each matrix as a product of two thin ones, from one step of power iteration.
 
     Vogels et al. 2019 (arXiv:1905.13727). Vectors, and matrices that would not shrink, are sent

@@ -44,6 +44,7 @@ class Collective:
         is_loop_invariant: in a loop, an all-gather of the same program argument in each iteration.
         is_only_sliced: an all-reduce of whose result each device reads only its own part.
         is_sum_of_pieces: an all-reduce of pieces that do not overlap: a gather in effect.
+        every: it runs in one of so many steps, as a scope named `every_N_steps` around it says.
         within: the mesh axes along which its groups vary; differs from `axes` only where that is
             `("?",)`.
     """
@@ -65,3 +66,4 @@ class Collective:
     is_sum_of_pieces: bool = False
     within: tuple[str, ...] = ()
     overlapped_flops: int = 0
+    every: int = 1

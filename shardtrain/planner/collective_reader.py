@@ -1,6 +1,7 @@
 """One HLO instruction as a `Collective`: kind, payload, axes, where it came from."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -159,6 +160,12 @@ def _parameter(
     return "" if "" in names else " + ".join(dict.fromkeys(names))
 
 
+def _every(scopes: str) -> int:
+    """How rarely a branch is taken, where the program says so in the name of a scope."""
+    found = re.search(r"every_(\d+)_steps", scopes)
+    return int(found.group(1)) if found else 1
+
+
 def read_collective(
     flow: Flow, computation: Computation, node: Instruction, at: Execution, layout: Layout
 ) -> Collective | None:
@@ -182,6 +189,7 @@ def read_collective(
         pieces = summed_pieces(flow.origins, computation, node, group_size)
     source = module.sources.locate(node.attributes)
     is_async = _is_async(node, at)
+    scopes = node.operation_name or (fused.operation_name if fused else "")
     return Collective(
         kind=kind,
         bytes=size,
@@ -190,7 +198,7 @@ def read_collective(
         is_async=is_async,
         source=source or (module.sources.locate(fused.attributes) if fused else ""),
         parameter=_parameter(flow, computation, node, pieces),
-        operation_name=node.operation_name or (fused.operation_name if fused else ""),
+        operation_name=scopes,
         group_size=group_size,
         num_operands=num_operands,
         is_exact=at.is_exact,
@@ -202,5 +210,6 @@ def read_collective(
         is_only_sliced=kind == "all-reduce"
         and is_only_sliced(module, computation, node, group_size),
         within=within,
+        every=_every(scopes),
         overlapped_flops=at.count * _overlapped_flops(flow, computation, node) if is_async else 0,
     )

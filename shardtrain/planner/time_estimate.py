@@ -117,7 +117,8 @@ def _read(item: Any) -> tuple[str, float, tuple[str, ...], float, bool]:
         kind, payload, axes, count = item
         is_async = False
     else:
-        kind, payload, axes, count = item.kind, item.bytes, item.axes, item.count
+        kind, payload, axes = item.kind, item.bytes, item.axes
+        count = item.count / getattr(item, "every", 1)
         is_async = bool(getattr(item, "is_async", False))
         axes = axes if axes != ("?",) else (getattr(item, "within", ()) or axes)
     return _KINDS.get(kind, kind), payload, tuple(axes), count, is_async

@@ -42,21 +42,21 @@ def select(
 def total_bytes(
     collectives: Iterable[Collective], axis: str | None = None, kind: str | None = None
 ) -> int:
-    """Payload of a step on one device: `bytes x count`, summed.
+    """Payload of a step on one device: `bytes x count / every`, summed.
 
     Args:
         collectives: what `collectives_of` returned.
         axis: only those that run over this mesh axis, alone or with others.
         kind: only this kind.
     """
-    return sum(c.bytes * c.count for c in select(collectives, axis, kind))
+    return sum(c.bytes * c.count // c.every for c in select(collectives, axis, kind))
 
 
 def total_wire_bytes(
     collectives: Iterable[Collective], axis: str | None = None, kind: str | None = None
 ) -> float:
     """Bytes one device sends in a step: `wire_bytes x count`, summed (see `total_bytes`)."""
-    return sum(wire_bytes(c) * c.count for c in select(collectives, axis, kind))
+    return sum(wire_bytes(c) * c.count / c.every for c in select(collectives, axis, kind))
 
 
 def format_bytes(size: float) -> str:
@@ -94,13 +94,20 @@ def collectives_table(collectives: Iterable[Collective], title: str = "Communica
             c.kind,
             axes_text(c),
             format_bytes(c.bytes),
-            f"{'' if c.is_exact else '≈'}{c.count}",
-            format_bytes(c.bytes * c.count),
+            times_text(c),
+            format_bytes(c.bytes * c.count / c.every),
             f"{c.overlapped_flops / 1e9:.3g} GFLOP" if c.is_async else "",
             shorten(c.parameter),
             "/".join(c.source.rsplit("/", 2)[-2:]),
         )
     return table
+
+
+def times_text(collective: Collective) -> str:
+    """`3`, `≈1` where it depends on data, `1 in 8` for one that runs every eighth step."""
+    if collective.every > 1:
+        return f"{collective.count} in {collective.every}"
+    return f"{'' if collective.is_exact else '≈'}{collective.count}"
 
 
 def shorten(names: str, limit: int = 3) -> str:

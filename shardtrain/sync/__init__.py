@@ -5,11 +5,12 @@ the mesh axis `data`. An algorithm says what each replica keeps, what it compute
 they exchange, as pure functions; `shardtrain.plan` wires it to a model.
 """
 
-from shardtrain.algorithms import AllReduce, ParameterServer
-from shardtrain.errors import StrategyError
+from shardtrain.algorithms import AllReduce, Gossip, ParameterServer
 from shardtrain.strategy import Strategy
 from shardtrain.sync.algorithm import Algorithm, Job
 from shardtrain.sync.all_reduce import explicit_all_reduce
+from shardtrain.sync.averaging import averaging
+from shardtrain.sync.gossip import gossip
 from shardtrain.sync.parameter_server import parameter_server
 from shardtrain.sync.replicas import Replicas, ReplicaState
 from shardtrain.sync.reshard import needs_reshard, reshard, saved_form
@@ -36,7 +37,9 @@ def make_algorithm(strategy: Strategy, job: Job) -> Algorithm:
         return explicit_all_reduce(strategy.compression, job)
     if isinstance(sync, ParameterServer):
         return parameter_server(sync, strategy.compression, job)
-    raise StrategyError(f"sync={sync!r} is not available in this version")
+    if isinstance(sync, Gossip):
+        return gossip(sync, job)
+    return averaging(sync, strategy.compression, job)
 
 
 __all__ = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 AXIS = "data"
@@ -103,7 +104,7 @@ def map_replicas(
     Returns:
       A function of `args` whose results all have a leading replica dim.
     """
-    numbers = jnp.arange(replicas.count, dtype=jnp.int32)
+    numbers = np.arange(replicas.count, dtype=np.int32)
     if not replicas.alone:
         in_axes = (0, *(jax.tree.map(lambda a: 0 if a else None, axes) for axes in own))
         mapped = jax.vmap(fn, in_axes=in_axes, out_axes=0, spmd_axis_name=AXIS)

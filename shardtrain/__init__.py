@@ -54,13 +54,14 @@ _EXPORTS = {
 }
 """Public name -> the module that defines it."""
 
-_MODULES = ("planner",)
+_MODULES = ("ops", "planner")
 """Public modules."""
 
 __version__ = "0.1.0"
 __all__ = sorted([*_EXPORTS, *_MODULES])
 
 if TYPE_CHECKING:
+    from shardtrain import ops as ops
     from shardtrain import planner as planner
     from shardtrain.algorithms import AllReduce as AllReduce
     from shardtrain.algorithms import DiLoCo as DiLoCo

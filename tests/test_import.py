@@ -32,8 +32,8 @@ PUBLIC = """
 AllReduce Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8 Functional
 Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign Strategy
 TensorBoardLog TopK TrainState VerifyReport assert_collectives cross_entropy evaluate explain_oom
-explore export fit hardware init_distributed inspect plan planner replay_step replica_divergence
-restore simulate verify
+explore export fit hardware init_distributed inspect ops plan planner replay_step
+replica_divergence restore simulate verify
 """
 
 

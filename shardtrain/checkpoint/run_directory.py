@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from shardtrain.checkpoint import agreement, manifest, steps
+from shardtrain.checkpoint import agreement, commit, manifest, steps
 
 Report = Callable[[str], None]
 
@@ -34,6 +34,7 @@ def make_room(directory: Path, step: int, warn: Report) -> None:
             moved = steps.set_aside(directory, later, "superseded" if whole else "incomplete")
             warn(f"saving step {step}: the existing step {later} is now {moved.name}")
         steps.require_free(directory, step)
+        commit.failure_mark(steps.step_path(directory, step)).unlink(missing_ok=True)
 
     agreement.on_first(move)
 
@@ -67,6 +68,7 @@ def drop_failed(directory: Path, step: int) -> None:
     if jax.process_index() != 0:
         return
     steps.remove_leftovers(directory)
+    commit.failure_mark(steps.step_path(directory, step)).unlink(missing_ok=True)
     partial = not manifest.is_complete(steps.step_path(directory, step))
     if partial and step in steps.present(directory):
         with contextlib.suppress(OSError):  # the failure itself is reported, and says more

@@ -14,6 +14,7 @@ import numpy as np
 from shardtrain.checkpoint import has_replicas, replica_divergence
 from shardtrain.data import DataLoader, audit_first_batch
 from shardtrain.errors import DataError, ReplicaDivergenceError
+from shardtrain.explore.oracle import StepOracle
 from shardtrain.modules import Mean
 from shardtrain.monitoring import (
     Preempted,
@@ -138,6 +139,7 @@ def fit(
     result = FitResult(state=state, directory=path)
     if path is not None and is_main:
         listeners.append(MetricsLog(path / "metrics.jsonl"))
+    listeners.append(StepOracle(prints=progress))
     first = int(state.step)
     run = RunInfo(plan, first, num_steps, path, loader.global_batch_size, _tokens(plan), is_main)
     _tell(listeners, "on_start", run)

@@ -134,6 +134,11 @@ class PlanViews:
             self._compiled[asked] = found
         return self._compiled[asked]
 
+    @property
+    def is_compiled(self: "Plan") -> bool:
+        """Whether `compile()` has run for the plan's own hardware."""
+        return self.hardware in self._compiled
+
     def collectives(self: "Plan") -> list[Collective]:
         """What the compiled step communicates: kind, bytes, mesh axes, times per step, source."""
         return list(self.compile().collectives)

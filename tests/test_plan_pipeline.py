@@ -1,5 +1,7 @@
 """`Strategy(pipeline=...)` through `st.plan`: the same training, and the same checkpoints."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -14,10 +16,10 @@ WIDTH, VOCAB, LENGTH = 16, 32, 8
 
 
 class Block(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, rngs, dropout=0.1):
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
-        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.drop = nnx.Dropout(dropout, rngs=rngs)
         self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
 
     def __call__(self, x):
@@ -27,15 +29,18 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     """Tied embeddings, so that one parameter is used before and after the stages."""
 
-    def __init__(self, rngs, layers=4):
+    def __init__(self, rngs, layers=4, dropout=0.1):
         self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
-        self.layers = nnx.List([Block(rngs) for _ in range(layers)])
+        self.layers = nnx.List([Block(rngs, dropout) for _ in range(layers)])
 
     def __call__(self, tokens):
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
         return self.embed.attend(x)
+
+
+DRY = functools.partial(Model, dropout=0.0)
 
 
 def loss_fn(model, batch):
@@ -78,6 +83,33 @@ def test_a_pipeline_trains_like_one_device(strategy, devices):
     st.verify(make_plan(strategy), num_steps=1).raise_if_failed()
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "data=2,pipeline=2,tensor=2,num_microbatches=4",
+        "data=2,fsdp=2,pipeline=2,zero=1,num_microbatches=2,schedule=zero-bubble",
+    ],
+)
+def test_gradients_cross_the_batch_axes_once_per_step(strategy, devices):
+    plan = make_plan(strategy, DRY)
+    assert plan.gradients.reason == ""
+    found = [c for c in plan.collectives() if {"data", "fsdp"} & set(c.axes)]
+    assert not [c for c in found if c.in_loop]
+    reduced = sum(c.bytes * c.count for c in found if c.kind in ("all-reduce", "reduce-scatter"))
+    # Each device's own share of all gradients, and scalars.
+    stage = sum(
+        x.size * 4 // x.sharding.mesh.shape["pipeline"] if path.startswith("blocks") else x.size * 4
+        for path, x in leaves_by_path(plan.abstract_state.params).items()
+    )
+    assert 0 < reduced <= stage + 256
+    st.verify(plan, num_steps=1).raise_if_failed()
+
+
+def test_dropout_reduces_in_every_tick_and_says_so(pipelined):
+    assert "random numbers are drawn for the whole batch" in pipelined.gradients.reason
+    assert "gradients are reduced in each of 4 microbatches" in str(pipelined.explain())
+
+
 def test_the_cube_trains_like_one_device(pipelined):
     st.verify(pipelined, num_steps=2).raise_if_failed()
 
@@ -91,6 +123,19 @@ def test_blocks_live_on_their_stage(pipelined):
     assert pipelined.schedule.num_microbatches == 4
     sent = [c for c in pipelined.collectives() if c.kind == "collective-permute"]
     assert any(c.axes == ("pipeline",) for c in sent)
+
+
+def test_explain_says_who_holds_what_and_what_is_sent(devices):
+    plan = make_plan("data=2,pipeline=2,tensor=2,num_microbatches=4", DRY)
+    text = " ".join(str(plan.explain()).split())
+    assert "1f1b: 4 layers over 2 stages, 4 microbatches, a bubble of 20.0%" in text
+    assert "stage 0: layers 0-1; stage 1: layers 2-3" in text
+    carry = 2 * LENGTH * WIDTH * 4  # 16 rows over 2 replicas and 4 microbatches
+    assert "each device sends 1.0 KiB to the next stage in 5 ticks and as much back in 5" in text
+    sent = [c for c in plan.collectives() if c.kind == "collective-permute"]
+    forward = [c for c in sent if "pipeline/tick.py:" in c.source]
+    assert {c.bytes for c in forward} == {carry}
+    assert sum(c.count for c in forward) == 5
 
 
 def test_checkpoints_move_between_any_number_of_stages(pipelined, loader, tmp_path):

@@ -18,6 +18,7 @@ from shardtrain.plan.layout import make_layout
 from shardtrain.plan.loss import make_loss, user_loss
 from shardtrain.plan.pipelined import make_pipelined
 from shardtrain.plan.replicas import with_replicas
+from shardtrain.plan.stages import stage_notes
 from shardtrain.pytree import abstract
 from shardtrain.strategy import Strategy
 
@@ -113,7 +114,8 @@ def plan(
         again=again,
         example=None if _is_abstract(batch) else batch,
         hardware=None if hardware is None else str(hardware),
-        findings=(inferred.findings if inferred is not None else ()) + _stage_notes(pipelined),
+        findings=(inferred.findings if inferred is not None else ())
+        + (stage_notes(pipelined) if pipelined is not None else ()),
         pipelined=pipelined,
         axis_table=table,
         algorithm=algorithm,
@@ -126,12 +128,6 @@ def _infer(table: Any, form: Any, strategy: Strategy, mesh: Any) -> Any:
     if all(sizes[a] == 1 for a in INFERRED_AXES):
         return None
     return infer_layout(table(), form, strategy, sizes)
-
-
-def _stage_notes(pipelined: Any) -> tuple[str, ...]:
-    """What the user should know about the split, such as a remainder of layers."""
-    note = pipelined.pipeline.model.note if pipelined is not None else ""
-    return (note,) if note else ()
 
 
 def _is_abstract(batch: Any) -> bool:

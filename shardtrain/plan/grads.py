@@ -128,10 +128,23 @@ def _refuse_constant_weight(loss: LossFn, layout: Layout, parts: int) -> None:
         )
 
 
-def _why_not_per_replica(loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs) -> str:
+def pipeline_axes(
+    loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs
+) -> tuple[tuple[str, ...], str]:
+    """Batch axes over which a pipeline reduces once per step, and why not over all of them."""
+    axes = _local_axes(layout, s)
+    if not axes:
+        return (), ""
+    reason = _why_not_per_replica(loss, layout, s, bugs, draws=False)
+    return ((), reason) if reason else (axes, "")
+
+
+def _why_not_per_replica(
+    loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs, draws: bool = True
+) -> str:
     if bugs.convolutions:
         return f"convolution gradients cannot be mapped over replicas ({bugs.convolutions[0]})"
-    proof = prove_sum_over_examples(loss, layout, s)
+    proof = prove_sum_over_examples(loss, layout, s, draws)
     if proof.ok:
         return ""
     return f"{proof.reason}{f' ({proof.source})' if proof.source else ''}"
@@ -146,8 +159,17 @@ def _local_axes(layout: Layout, s: Strategy) -> tuple[str, ...]:
     return axes[: axes.index("fsdp")] if s.zero >= 2 and "fsdp" in axes else axes
 
 
-def prove_sum_over_examples(loss: LossFn, layout: Layout, s: Strategy) -> Independence:
-    """Whether one microbatch's sums can be computed per replica and added."""
+def prove_sum_over_examples(
+    loss: LossFn, layout: Layout, s: Strategy, draws: bool = True
+) -> Independence:
+    """Whether one microbatch's sums can be computed per replica and added.
+
+    Args:
+      loss: The loss without sharding constraints.
+      layout: Shapes.
+      s: Microbatches, ZeRO level.
+      draws: Whether random numbers for the whole batch may be drawn (by `draw_for_batch`).
+    """
     state = layout.state
     plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
@@ -166,7 +188,7 @@ def prove_sum_over_examples(loss: LossFn, layout: Layout, s: Strategy) -> Indepe
     parts = math.prod(layout.sizes[a] for a in _local_axes(layout, s))
     # Draws for the whole batch are made for the whole batch (`draw_for_batch`).
     found = batch_independence(
-        sums, params, microbatch, variables, key, parts=parts, ignore_random=True
+        sums, params, microbatch, variables, key, parts=parts, ignore_random=draws
     )
     if found.ok:
         rows = lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)

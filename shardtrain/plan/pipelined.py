@@ -6,6 +6,7 @@ with them, and the gradient function is the pipeline's. Checkpoints keep the uns
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,14 @@ from shardtrain.pipeline import (
 from shardtrain.pipeline.optimizer import pipelined_optimizer
 from shardtrain.pipeline.optimizer_state import is_mapped, mapped_specs, stack_state, unstack_state
 from shardtrain.plan.gather import gather_at_use
+from shardtrain.plan.grads import pipeline_axes
 from shardtrain.plan.known_bugs import check_known_bugs
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.pytree import map_with_path, nbytes
 from shardtrain.strategy import Strategy
-from shardtrain.train import GradFn, TrainState
+from shardtrain.sync import needs_replicas
+from shardtrain.train import GradFn, TrainState, per_replica, sum_replicas
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,17 @@ class Pipelined:
       layout: Shardings of the stacked arrays.
       optimizer: The user's optimizer for stacked arrays: the same update.
       whole: The layout as if there were no pipeline: what checkpoints look like.
+      local_axes: Batch axes over which every replica runs its own pipeline, and gradients are
+        reduced once per step.
+      reason: Why not over all of them, where they are reduced in every tick.
     """
 
     pipeline: Pipeline
     layout: Layout
     optimizer: optax.GradientTransformation
     whole: Layout
+    local_axes: tuple[str, ...] = ()
+    reason: str = ""
 
     @property
     def form(self) -> ModelForm:
@@ -127,7 +135,6 @@ def make_pipelined(
       StageSplitError: There is no repeated block, or it does not divide; says what was looked for.
       ScheduleError: The schedule is unknown or does not fit.
     """
-    plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     # A model without separate blocks is a scan: rematerialising the whole loss would hide it.
     visible = s if form.blocks else s.replace(remat="none")
     make = lambda fn: make_loss(
@@ -139,16 +146,23 @@ def make_pipelined(
             f"the grouped convolution at {bugs.grouped[0]} would get wrong kernel gradients in a "
             f"pipeline on this mesh (XLA; idle axes {', '.join(bugs.idle_axes)}). Use pipeline=1"
         )
+    if needs_replicas(s):
+        axes, reason = ("data",), ""  # by definition of the algorithm
+    else:
+        axes, reason = pipeline_axes(make(loss.fn), whole, s, bugs)
+    replicas = math.prod(whole.sizes[a] for a in axes)
+    rows = lambda x: jax.ShapeDtypeStruct((x.shape[0] // replicas, *x.shape[1:]), x.dtype)
     schedule = make_schedule(s.schedule, s.pipeline, s.num_microbatches, s.virtual_stages)
     pipeline = make_pipeline(
-        form, make, loss.fn, plain(whole.batch), schedule, s.rules.get("pipeline")
+        form, make, loss.fn, jax.tree.map(rows, whole.batch), schedule, s.rules.get("pipeline")
     )
     stacked = pipelined_optimizer(optimizer, form.abstract_params, pipeline.params)
-    return Pipelined(pipeline, _layout(whole, pipeline, stacked, s), stacked, whole)
+    layout = _layout(whole, pipeline, stacked, s)
+    return Pipelined(pipeline, layout, stacked, whole, axes, reason)
 
 
-def pipeline_gradients(found: Pipelined, s: Strategy, batch_axes: tuple[str, ...]) -> GradFn:
-    """The gradient function of the split model, for a batch split over these mesh axes."""
+def pipeline_gradients(found: Pipelined, s: Strategy) -> GradFn:
+    """The gradient function of the split model, for the batch of one group of `local_axes`."""
     layout, pipeline = found.layout, found.pipeline
     names = [leaf.name for leaf in pipeline.model.params]
     chunk = lambda spec: PartitionSpec(spec[0], *spec[2:])
@@ -162,10 +176,19 @@ def pipeline_gradients(found: Pipelined, s: Strategy, batch_axes: tuple[str, ...
         pipeline.schedule,
         layout.mesh,
         pipeline.params,
-        batch_axes=batch_axes,
+        batch_axes=tuple(a for a in layout.batch_axes if a not in found.local_axes),
         constrain=layout.constrain(layout.grad_specs),
         **options,
     )
+
+
+def reduced_once(grad_fn: GradFn, found: Pipelined) -> GradFn:
+    """Every replica's pipeline on its own rows, and one reduction behind them."""
+    layout, axes = found.layout, found.local_axes
+    if not axes:
+        return grad_fn
+    replicas = math.prod(layout.sizes[a] for a in axes)
+    return sum_replicas(per_replica(grad_fn, replicas, axes), layout.constrain(layout.grad_specs))
 
 
 def _layout(

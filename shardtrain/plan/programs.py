@@ -9,7 +9,7 @@ from shardtrain.modules.intercept import Calls
 from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.loss import make_loss
-from shardtrain.plan.pipelined import pipeline_gradients
+from shardtrain.plan.pipelined import pipeline_gradients, reduced_once
 from shardtrain.plan.replicas import replica_gradients
 from shardtrain.plan.stream import constrain_stream
 from shardtrain.train import LossFn, TrainState, make_eval, make_step, over_rows
@@ -24,7 +24,11 @@ class PlanPrograms:
     def _gradients(self: "Plan") -> GradientPlan:
         layout, s = self.layout, self.strategy
         if self.pipelined is not None:
-            return GradientPlan(pipeline_gradients(self.pipelined, s, self._batch_axes()), ())
+            found = self.pipelined
+            grad_fn = pipeline_gradients(found, s)
+            if self.algorithm is None:
+                grad_fn = reduced_once(grad_fn, found)
+            return GradientPlan(grad_fn, found.local_axes, found.reason)
         gathers = s.zero == 3 and layout.sizes["fsdp"] > 1
 
         def loss_for(local_axes: tuple[str, ...]) -> LossFn:
@@ -45,11 +49,6 @@ class PlanPrograms:
             grad_fn = replica_gradients(loss_for, self.proof_loss, layout, s)
             return GradientPlan(grad_fn, ("data",))
         return make_gradients(loss_for, self.proof_loss, layout, s)
-
-    def _batch_axes(self: "Plan") -> tuple[str, ...]:
-        """Mesh axes that split the batch of one gradient function."""
-        without = () if self.algorithm is None else ("data",)
-        return tuple(a for a in self.layout.batch_axes if a not in without)
 
     def _first_optimizer_state(self: "Plan", params: Any, variables: Any) -> tuple[Any, Any]:
         """The state of the optimizer and, where replicas keep something, theirs."""

@@ -17,7 +17,7 @@ from checkpoint_states import Plan, State, abstract, bits, host_state_of
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shardtrain.checkpoint import Checkpointer, MemorySnapshot, replica_divergence
+from shardtrain.checkpoint import Checkpointer, MemorySnapshot, manifest, replica_divergence
 from shardtrain.data import DataLoader, audit_first_batch
 from shardtrain.errors import CheckpointError, DataError
 
@@ -103,6 +103,25 @@ def save_and_restore(index, mesh, old_run, new_run, seen):
         seen["at the end"] = checkpointer.steps()
 
 
+def unreadable(index, mesh, new_run, seen):
+    """The newest step is good, but one process gets an error from its disk."""
+    copied = Path(new_run).with_name("unreadable")
+    if index == 0:
+        shutil.copytree(new_run, copied)
+    multihost_utils.sync_global_devices("copied")
+    checksum = manifest._checksum
+
+    def fail(path):
+        if index == 1 and "5" in path.parts:
+            raise OSError(5, "Input/output error", str(path))
+        return checksum(path)
+
+    manifest._checksum = fail
+    with Checkpointer(copied, Plan(abstract(placed(0, mesh)))) as checkpointer:
+        seen["read error"] = same_shards(checkpointer.restore(), placed(2, mesh))
+    manifest._checksum = checksum
+
+
 def not_shared(index, mesh, directory, seen):
     """Every process writes to a directory of its own, as with `/tmp` on two hosts."""
     checkpointer = Checkpointer(directory / f"split-{index}", Plan(abstract(placed(0, mesh))))
@@ -178,6 +197,7 @@ def main(index, port, old_run, new_run):
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"))
     seen = {}
     save_and_restore(index, mesh, old_run, new_run, seen)
+    unreadable(index, mesh, new_run, seen)
     not_shared(index, mesh, Path(new_run).parent, seen)
     remember(index, mesh, Path(new_run).parent, seen)
     watch(index, mesh, seen)

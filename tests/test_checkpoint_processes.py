@@ -85,6 +85,12 @@ def test_a_save_that_fails_on_one_process_fails_on_both_and_the_next_works(run):
         assert seen["at the end"] == [1, 2, 5]
 
 
+def test_a_read_error_on_one_process_makes_both_use_the_step_before(run):
+    for seen in run[1]:
+        assert seen["read error"]
+    assert (run[0].with_name("unreadable") / "5.corrupt").is_dir()
+
+
 def test_a_directory_that_is_not_shared_is_named_with_the_blind_processes(run):
     for seen in run[1]:
         assert "is not shared: processes [1] cannot see what process 0 wrote" in seen["not shared"]

@@ -86,7 +86,10 @@ def problems(step_directory: Path, share: int = 0, num_shares: int = 1) -> list[
     if found:
         return found
     mine = sorted(recorded)[share::num_shares]
-    sums = _checksums([step_directory / name for name in mine])
+    try:
+        sums = _checksums([step_directory / name for name in mine])
+    except OSError as error:  # to be told to the other processes, not to fail alone
+        return [f"{error.filename or step_directory} cannot be read: {error.strerror}"]
     return [
         f"{name}: checksum {actual:08x}, written {recorded[name][1]:08x}"
         for name, actual in zip(mine, sums, strict=True)

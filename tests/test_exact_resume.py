@@ -1,0 +1,86 @@
+"""kill -9 and go on: bit for bit on the same layout, the same batches on any."""
+
+import collections
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import shardtrain
+from shardtrain.launch import launch
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(280)]
+WORKER = Path(__file__).parent / "resume_worker.py"
+EXAMPLES, BATCH = 40, 8
+
+
+def run(directory, num_steps, kill_at=0, processes=1):
+    directory.mkdir(exist_ok=True)
+    environ = os.environ | {
+        "PYTHONPATH": str(Path(shardtrain.__file__).parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return launch(
+        [sys.executable, str(WORKER), str(directory), str(num_steps), str(kill_at)],
+        num_processes=processes,
+        devices_per_process=4 // processes,
+        max_restarts=0,
+        run_directory=directory / f"launch-{num_steps}-{kill_at}",
+        output="none",
+        environ=environ,
+    )
+
+
+def seen(directory):
+    """step -> losses, and step -> examples that any process read for it."""
+    losses, examples = collections.defaultdict(set), collections.defaultdict(set)
+    for line in (directory / "seen.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            losses[record["step"]].add(record["loss"])
+        else:
+            examples[record["step"]].update(record["examples"])
+    return losses, examples
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    assert run(directory, 100) == 0
+    return directory
+
+
+def test_killed_twice_is_bitwise_the_run_that_was_not(whole, tmp_path):
+    for kill_at in (33, 66):
+        assert run(tmp_path, 100, kill_at) == 128 + signal.SIGKILL
+    assert run(tmp_path, 100) == 0
+    assert (tmp_path / "final.json").read_text() == (whole / "final.json").read_text()
+    losses, examples = seen(tmp_path)
+    assert losses == seen(whole)[0]
+    assert examples == seen(whole)[1]
+    resumed = [json.loads(x)["step"] for x in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert resumed.count(29) == 4  # batch and loss of the first try, then again after step 28
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(whole, tmp_path):
+    assert run(tmp_path, 100, kill_at=10, processes=2) == 128 + signal.SIGKILL
+    assert run(tmp_path, 20) == 0
+    losses, examples = seen(tmp_path)
+    want_losses, want_examples = seen(whole)
+    steps = range(1, 21)
+    assert [examples[s] for s in steps] == [want_examples[s] for s in steps]
+    per_epoch = EXAMPLES // BATCH
+    for first in range(1, 21, per_epoch):
+        epoch = [i for s in range(first, first + per_epoch) for i in examples[s]]
+        assert sorted(epoch) == list(range(EXAMPLES))
+    number = lambda values: float.fromhex(min(values))
+    np.testing.assert_allclose(
+        [number(losses[s]) for s in steps], [number(want_losses[s]) for s in steps], rtol=2e-5
+    )

@@ -251,6 +251,20 @@ def test_convolutions_on_one_device_per_replica(devices):
     assert_close(train(plan, 2, batch=batch)[0].params, train(one, 2, batch=batch)[0].params)
 
 
+@pytest.mark.parametrize(
+    ("sync", "compression"),
+    [(None, c) for c in ALL] + [(st.ParameterServer(), st.Int8()), (st.DiLoCo(2), st.Sign())],
+    ids=str,
+)
+def test_copies_inside_a_replica_stay_alike(devices, sync, compression):
+    """`bias` is on all devices of a replica, next to different parts of the matrices."""
+    rules: dict = {name: spec for name, spec in TENSOR.items() if name != "*bias"}
+    rules["*bias"] = (None,)
+    strategy = st.Strategy(data=2, tensor=4, sync=sync, compression=compression, rules=rules)
+    state, _ = train(make_plan(strategy), 2)
+    assert not st.replica_divergence(state)
+
+
 def test_verify_refuses_what_is_not_the_same_arithmetic(devices):
     with pytest.raises(StrategyError, match="not the same arithmetic"):
         st.verify(make_plan(st.Strategy(data=8, compression=st.Int8())))

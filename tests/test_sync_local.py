@@ -292,3 +292,39 @@ def test_replicas_have_their_own_statistics_and_dropout(devices, tmp_path):
     )
     np.testing.assert_array_equal(key(found), key(state))
     assert len(np.unique(key(found), axis=0)) == 8
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.down = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(16, 8, rngs=rngs)
+        self.layers = nnx.List([Block(rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_stages_inside_a_replica(devices, tmp_path):
+    """The same two replicas with and without a pipeline inside; checkpoints are whole."""
+    fn = lambda model, batch: st.cross_entropy(model(batch["x"]), batch["y"], batch["mask"])
+    base = st.Strategy(data=2, num_microbatches=2, sync=st.DiLoCo(2), compression=st.Int8())
+    make = lambda s, n: st.plan(Layers, fn, optax.adam(1e-2), BATCH, s, devices=devices[:n])
+    _, losses = train(make(base, 2), 3)
+    plan = make(base.replace(pipeline=2), 4)
+    state, history = train(plan, 3)
+    for mine, theirs in zip(history, losses, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    with st.Checkpointer(tmp_path, plan) as saver:
+        saver.save(state)
+        assert_close(saver.restore().sync, state.sync, 0, 0)

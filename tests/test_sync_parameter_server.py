@@ -51,8 +51,8 @@ def test_push_update_at_the_owner_pull(devices):
 def test_compressed_push(devices):
     """The push is bytes; what rounding left out comes with the next one."""
     plan = make_plan(st.Strategy(data=8, sync=st.ParameterServer(), compression=st.Int8()), SGD)
-    # 100 numbers for each owner, padded to a block of 256, and a scale: 8 x (256 + 4).
-    assert large(plan)[0] == ("all-to-all", 2080)
+    # Of three arrays a part for each owner, padded to a block of 256, and its scale.
+    assert large(plan)[0] == ("all-to-all", 8 * 3 * (256 + 4))
     state, history = train(plan, 30)
     _, exact = train(make_plan("data=8", SGD), 30)
     assert history[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=5e-3)

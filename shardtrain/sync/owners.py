@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from shardtrain.sync.codecs import Codec
 from shardtrain.sync.replicas import AXIS, Replicas
-from shardtrain.sync.sums import push_coded
+from shardtrain.sync.sums import pad_to, push_coded
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def _on_device(owners: Owners, codec: Codec | None, xs: Any, errors: Any) -> Any
     if errors:
         mine = [x + e[0] for x, e in zip(mine, errors, strict=True)]
     owned = [(x, d) for x, d in zip(mine, owners.dims, strict=True) if d is not None]
-    parts = [_rows(x, d, count) for x, d in owned]
+    unit = 1 if codec is None else codec.block  # whole blocks for each array, as in `coded_sum`
+    parts = [pad_to(_rows(x, d, count), unit) for x, d in owned]
     wide = jnp.concatenate(parts, axis=1) if parts else jnp.zeros((count, 0))
-    if codec is None:
+    if codec is None or not parts:
         got = jax.lax.psum_scatter(wide, AXIS, scatter_dimension=0) if parts else wide[0]
         left = jnp.zeros_like(wide)
     else:
-        padded = jnp.pad(wide, ((0, 0), (0, -wide.shape[1] % codec.block)))
-        got, left = push_coded(padded, codec)
+        got, left = push_coded(wide, codec)
     sums, kept, start = [], [], 0
     for x, dim in zip(mine, owners.dims, strict=True):
         if dim is None:
@@ -97,7 +97,7 @@ def _on_device(owners: Owners, codec: Codec | None, xs: Any, errors: Any) -> Any
             kept.append(jnp.zeros_like(x)[None])
             continue
         part = slice(start, start + x.size // count)
-        start = part.stop
+        start = part.stop + -(x.size // count) % unit
         sums.append(_unrow(got[None, part], x.shape, dim, 1, count))
         kept.append(_unrow(left[:, part], x.shape, dim, count, count)[None])
     return sums, kept if errors else []

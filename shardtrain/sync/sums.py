@@ -48,14 +48,21 @@ def coded_sum(xs: Arrays, count: int, codec: Codec) -> tuple[list[jax.Array], li
     Returns:
       The sums, and what this device has not sent.
     """
-    flat, size = _padded(xs, count * codec.block)
+    # Whole blocks for each array: an array that several devices of a replica hold must be rounded
+    # alike on all of them, whatever else each of them sends.
+    blocks = [pad_to(x.reshape(-1), codec.block) for x in xs]
+    flat, size = _padded(blocks, count * codec.block)
     length = flat.size // count
     mine, left = push_coded(flat.reshape(count, length), codec)
     back = codec.encode(mine[None])
     own = mine - codec.decode(back, length)[0]
     left = left.at[jax.lax.axis_index(AXIS)].add(own)
     whole = codec.decode(jax.lax.all_gather(back[0], AXIS), length)
-    return _unflat(whole.reshape(-1)[:size], xs), _unflat(left.reshape(-1)[:size], xs)
+    cut = lambda wide: [
+        b[: x.size].reshape(x.shape)
+        for b, x in zip(_unflat(wide.reshape(-1)[:size], blocks), xs, strict=True)
+    ]
+    return cut(whole), cut(left)
 
 
 def push_coded(parts: jax.Array, codec: Codec) -> tuple[jax.Array, jax.Array]:
@@ -152,10 +159,15 @@ def _sum_together(xs: list[jax.Array]) -> list[jax.Array]:
     return _unflat(jax.lax.psum(flat, AXIS)[:size], xs)
 
 
+def pad_to(x: jax.Array, multiple: int) -> jax.Array:
+    """Zeros behind the last dim up to a multiple."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
+
+
 def _padded(xs: Arrays, multiple: int) -> tuple[jax.Array, int]:
     """All numbers in one row, zeros up to a multiple, and how many there are."""
     flat = jnp.concatenate([x.reshape(-1) for x in xs])
-    return jnp.pad(flat, (0, -flat.size % multiple)), flat.size
+    return pad_to(flat, multiple), flat.size
 
 
 def _unflat(flat: jax.Array, like: Arrays) -> list[jax.Array]:

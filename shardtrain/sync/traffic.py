@@ -17,8 +17,8 @@ def exchange_payloads(compression: Any, shapes: Shapes, count: int) -> list[tupl
     With `n` numbers and `R` replicas (payload as in `Collective.bytes`):
 
     - float32: reduce-scatter and all-gather of `4 n`, padded to a multiple of R;
-    - codes of b bits with blocks of B: all-to-all and all-gather of `n b / 8 + 4 n / B`, `n` padded
-      to a multiple of `R B`;
+    - codes of b bits with blocks of B: all-to-all and all-gather of `n b / 8 + 4 n / B`, each
+      array padded to a multiple of B, all of them to a multiple of `R B`;
     - top-k: all-gather of `8 R k`;
     - rank r: all-reduce of `4 (r rows + whole arrays)` and of `4 r columns`.
 
@@ -38,7 +38,8 @@ def exchange_payloads(compression: Any, shapes: Shapes, count: int) -> list[tupl
     total = sum(sizes)
     codec = make_codec(compression)
     if codec is not None:
-        sent = codec.row_bytes(total + -total % (count * codec.block))
+        blocks = sum(n + -n % codec.block for n in sizes)
+        sent = codec.row_bytes(blocks + -blocks % (count * codec.block))
         return [("all-to-all", sent), ("all-gather", sent)]
     if isinstance(compression, TopK):
         return [("all-gather", 8 * count * sum(kept(compression.fraction, n) for n in sizes))]

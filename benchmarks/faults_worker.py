@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -48,12 +49,25 @@ def damage_newest_checkpoint(how, seed):
     return str(victim.relative_to(DIRECTORY))
 
 
+def lose_memory():
+    """Delete this process's snapshots, as when its host goes down; None where there are none."""
+    folder = _folder(DIRECTORY / "run") / f"process-{PROCESS}"
+    if not folder.exists():
+        return None
+    shutil.rmtree(folder)
+    return folder.name
+
+
 def strike(fault, phase, step):
     kind = fault["kind"]
     log("fault", fault=fault, phase=phase, step=step)
     if kind in ("flip", "truncate", "delete"):
         log("damaged", file=damage_newest_checkpoint(kind, fault["seed"]))
-    if kind in ("kill", "flip", "truncate", "delete"):
+    if kind == "lost host":
+        log("lost", folder=lose_memory())
+    if kind == "nan":
+        Loader.spoil_next = True
+    if kind in ("kill", "flip", "truncate", "delete", "lost host"):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -95,6 +109,7 @@ import shardtrain as st  # noqa: E402
 from shardtrain.checkpoint import as_text, fingerprint  # noqa: E402
 from shardtrain.checkpoint.leaves import named_leaves  # noqa: E402
 from shardtrain.monitoring import Progress  # noqa: E402
+from shardtrain.recovery.saved import _folder  # noqa: E402
 
 report_phase = Progress.phase
 
@@ -127,12 +142,27 @@ class Losses:
         log("step", step=step, loss=float(values["loss"]).hex())
 
 
+class Loader(st.DataLoader):
+    """Spoils the rows of this process in the next batch, once."""
+
+    spoil_next = False
+
+    def batch(self, step, sharding=None):
+        batch = super().batch(step, sharding)
+        if not Loader.spoil_next:
+            return batch
+        Loader.spoil_next = False
+        x = batch["x"]
+        spoilt = [jax.device_put(s.data * np.nan, s.device) for s in x.addressable_shards]
+        return batch | {"x": jax.make_array_from_single_device_arrays(x.shape, x.sharding, spoilt)}
+
+
 draw = np.random.default_rng(0)
 source = {
     "x": draw.normal(size=(96, 16)).astype(np.float32),
     "y": draw.integers(0, 4, size=96).astype(np.int32),
 }
-loader = st.DataLoader(source, 8, seed=3)
+loader = Loader(source, 8, seed=3)
 plan = st.plan(
     lambda rngs: Model(rngs),
     lambda model, batch: st.cross_entropy(model(batch["x"]), batch["y"]),
@@ -148,6 +178,8 @@ result = st.fit(
     DIRECTORY / "run",
     callbacks=[Losses()],
     save_every=options["save_every"],
+    snapshot_every=options["snapshot_every"],
+    skip_steps=options["skip_steps"],
     progress=False,
 )
 state = as_text(fingerprint(named_leaves(result.state)))

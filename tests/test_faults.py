@@ -39,3 +39,15 @@ def test_a_wrong_run_is_noticed(faults, tmp_path):
     wrong = faults.compare(tmp_path / "run", tmp_path / "clean", 75)
     assert wrong == ["exit code 75", "losses differ at steps [3]", "final state differs"]
     assert faults.compare(tmp_path / "clean", tmp_path / "clean", 0) == []
+
+
+def test_steps_that_were_left_out_are_not_compared(faults, tmp_path):
+    for name, loss in (("clean", "0x1p+0"), ("run", "nan")):
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "timeline.jsonl").write_text(
+            f'{{"kind": "step", "step": 3, "loss": "{loss}"}}\n'
+        )
+        (tmp_path / name / "final.json").write_text("same")
+    (tmp_path / "run" / "run" / "bad_steps.jsonl").write_text('{"step": 3}\n')
+    assert faults.left_out(tmp_path / "run") == (3,)
+    assert faults.compare(tmp_path / "run", tmp_path / "clean", 0) == []

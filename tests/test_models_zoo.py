@@ -87,42 +87,42 @@ def test_cnn_takes_a_step_and_keeps_batch_statistics():
 
 
 def test_routing_by_hand():
-    # Tokens 0, 1, 2 prefer expert 0, which has two places; token 3 prefers expert 2.
-    logits = jnp.array([[[4.0, 1, 0], [4, 0, 1], [4, 1, 0], [0, 1, 4]]])
-    routing = route(logits, experts_per_token=1, capacity=2)
-    expected = np.zeros((1, 4, 3, 2))
-    expected[0, 0, 0, 0] = expected[0, 1, 0, 1] = expected[0, 3, 2, 0] = 1
-    np.testing.assert_array_equal(routing.dispatch, expected)
-    np.testing.assert_allclose(routing.combine, expected)
-    assert float(routing.dropped[0]) == 0.25
-
-
-def test_first_choices_come_before_second_ones():
-    logits = jnp.array([[[2.0, 1], [1, 2]]])
-    routing = route(logits, experts_per_token=2, capacity=1)
-    np.testing.assert_array_equal(routing.dispatch[0, :, :, 0], [[1, 0], [0, 1]])
-    assert float(routing.dropped[0]) == 0.5
-    weight = float(jax.nn.softmax(jnp.array([2.0, 1.0]))[0])
-    assert float(routing.combine[0, 0, 0, 0]) == pytest.approx(weight)
+    logits = jnp.array([[[4.0, 1, 0], [0, 1, 4]]])
+    routing = route(logits, experts_per_token=2)
+    assert routing.chosen.tolist() == [[[0, 1], [2, 1]]]
+    weight = float(jax.nn.softmax(jnp.array([4.0, 1.0]))[0])
+    np.testing.assert_allclose(routing.weights[0], [[weight, 1 - weight]] * 2, rtol=1e-5)
 
 
 def test_balance_is_one_when_even_and_the_number_of_experts_when_all_go_to_one():
     even = 20 * jnp.eye(4)[None]
-    assert float(route(even, 1, 4).balance[0]) == pytest.approx(1.0, abs=1e-3)
+    assert float(route(even, 1).balance[0]) == pytest.approx(1.0, abs=1e-3)
     single = jnp.tile(20 * jnp.eye(4)[:1], (4, 1))[None]
-    assert float(route(single, 1, 4).balance[0]) == pytest.approx(4.0, abs=1e-3)
+    assert float(route(single, 1).balance[0]) == pytest.approx(4.0, abs=1e-3)
+
+
+def test_experts_exchange_tokens_by_all_to_all_and_nothing_else_over_their_axis(devices):
+    """Per layer two there and two back; the gradients of what all devices hold are summed."""
+    model = lambda rngs: MoEDecoder(MOE, rngs=rngs)
+    strategy = st.Strategy(data=2, expert=4, allow_replicated="**")
+    plan = st.plan(model, moe_loss, optax.sgd(0.1), tokens_batch(), strategy)
+    places = 1 * MOE.num_experts * MOE.capacity(8) * MOE.embed_dim * 4
+    found = [c for c in plan.collectives() if c.kind == "all-to-all"]
+    assert {c.axes for c in found} == {("expert",)}
+    assert sum(c.bytes * c.count for c in found) == 4 * MOE.num_layers * places
+    assert {c.kind for c in plan.collectives()} == {"all-to-all", "all-reduce"}
 
 
 def test_experts_with_room_for_all_equal_the_mixture_written_out():
     config = MoEConfig(embed_dim=8, mlp_dim=8, num_experts=2, capacity_factor=4.0)
     moe = MoE(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 4, 8))
-    out, routing = moe(x)
+    out, stats = moe(x)
     probs = jax.nn.softmax(moe.router(x), axis=-1)
     expert = lambda e: (jax.nn.silu(x @ moe.gate[e]) * (x @ moe.up[e])) @ moe.down[e]
     expected = sum(probs[..., e : e + 1] * expert(e) for e in range(2))
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-6)
-    assert float(routing.dropped[0]) == 0.0
+    assert float(stats["dropped"][0]) == 0.0
 
 
 def test_patches_are_those_of_the_image():

@@ -234,6 +234,12 @@ def test_without_a_limit_experts_equal_dense_ones(devices, sizes):
     assert found[1][1].tolist() == [0.0] * 8
 
 
+def test_top_experts_is_top_k():
+    scores = normal(12, 3, 5, 6).at[0, 0].set(1.0)  # a tie goes to the first
+    found = ops.top_experts(scores, 3)
+    jax.tree.map(np.testing.assert_array_equal, found, tuple(jax.lax.top_k(scores, 3)))
+
+
 def test_what_finds_no_place_adds_nothing():
     x = normal(11, 1, 4, 2)
     chosen = jnp.array([[[0], [0], [1], [0]]])

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
+from shardtrain import ops
 from shardtrain.errors import ModelError
 from shardtrain.models.layers import Attention, RMSNorm, SwiGLU, named
+from shardtrain.modules import Mean
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class DecoderConfig:
       head_dim: Width of a head, even.
       mlp_dim: Width inside SwiGLU.
       rope_theta: Base of the rotary position.
+      attention: "einsum" (written out, for any layout), or an implementation of `ops.attention`:
+        "auto", "ring" (over `context`), "cudnn", "xla".
 
     Raises:
       ModelError: Heads cannot be grouped or rotated.
@@ -35,6 +39,7 @@ class DecoderConfig:
     head_dim: int = 32
     mlp_dim: int = 640
     rope_theta: float = 10_000.0
+    attention: str = "einsum"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -57,6 +62,7 @@ class Block(nnx.Module):
             config.num_kv_heads,
             config.head_dim,
             rope_theta=config.rope_theta,
+            implementation=config.attention,
             rngs=rngs,
         )
         self.mlp_norm = RMSNorm(config.embed_dim, rngs=rngs)
@@ -102,7 +108,30 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int `[B, T]` -> logits `[B, T, vocab]`."""
+        return self.unembedding(self.hidden(tokens))
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """int `[B, T]` -> `[B, T, embed]`, what the logits are made of."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.unembedding(self.norm(x))
+        return self.norm(x)
+
+    def nats(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        mask: jax.Array | None = None,
+        num_chunks: int = 8,
+    ) -> Mean:
+        """The cross-entropy of `targets`, without ever having all logits.
+
+        Args:
+          tokens: int `[B, T]`.
+          targets: int `[B, T]`.
+          mask: `[B, T]` weights, or None.
+          num_chunks: Parts of the sequence whose logits exist one at a time.
+        """
+        kernel = self.unembedding.kernel[...]
+        hidden = self.hidden(tokens).astype(kernel.dtype)
+        return ops.chunked_cross_entropy(hidden, kernel, targets, mask, num_chunks=num_chunks)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain import ops
+
 
 def named(init: nnx.Initializer, *names: str | None) -> Any:
     """An initializer whose array carries logical axis names, one per dim."""
@@ -87,6 +89,7 @@ class Attention(nnx.Module):
       head_dim: Width of a head.
       causal: Positions see only what is before them.
       rope_theta: Base of the rotary position; None: no position here.
+      implementation: "einsum", or one of `ops.attention`.
       rngs: Random streams.
     """
 
@@ -99,6 +102,7 @@ class Attention(nnx.Module):
         *,
         causal: bool = True,
         rope_theta: float | None = 10_000.0,
+        implementation: str = "einsum",
         rngs: nnx.Rngs,
     ):
         init = nnx.initializers.lecun_normal()
@@ -122,12 +126,18 @@ class Attention(nnx.Module):
         self.group = num_heads // num_kv_heads
         self.causal = causal
         self.rope_theta = rope_theta
+        self.implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, dim]` -> `[B, T, dim]`."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.rope_theta is not None:
             query, key = rotary(query, self.rope_theta), rotary(key, self.rope_theta)
+        if self.implementation != "einsum":
+            chosen = self.implementation
+            return self.out(
+                ops.attention(query, key, value, causal=self.causal, implementation=chosen)
+            )
         rows, length, heads, head_dim = query.shape
         grouped = query.reshape(rows, length, heads // self.group, self.group, head_dim)
         mixed = attend(grouped, key, value, self.causal)

@@ -1,17 +1,17 @@
 """A decoder whose MLPs are mixtures of experts: top-k routing with a fixed capacity per expert.
 
 Design: routing is per row of the batch (a row is a group in the sense of GShard, Lepikhin et al.
-2020), so an example's result does not depend on the others. Dispatch and combine are one-hot
-products, which XLA turns into all-to-alls when the experts lie on different devices.
+2020), so an example's result does not depend on the others. `ops.dispatch_experts` brings tokens to
+their experts: two all-to-alls where the experts lie on different devices.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain import ops
 from shardtrain.errors import ModelError
 from shardtrain.models.decoder import DecoderConfig
 from shardtrain.models.layers import Attention, RMSNorm, named
@@ -43,53 +43,42 @@ class MoEConfig(DecoderConfig):
 
     def capacity(self, length: int) -> int:
         """Tokens of one row that one expert takes."""
-        even = length * self.experts_per_token / self.num_experts
-        return min(length, math.ceil(even * self.capacity_factor))
+        return ops.capacity_of(
+            length, self.experts_per_token, self.num_experts, self.capacity_factor
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """Where tokens go. `B` rows, `T` positions, `E` experts, `C` places per expert.
+    """Where tokens go. `B` rows, `T` positions, k experts per token.
 
     Args:
-      dispatch: `[B, T, E, C]`, 1 where a token takes that place.
-      combine: `[B, T, E, C]`, the weight of that expert's result for the token.
+      chosen: int `[B, T, k]`, experts, best first.
+      weights: `[B, T, k]`, of each expert's result; they add up to 1.
       balance: `[B]`, 1 when experts are used evenly, more otherwise (Fedus et al. 2021, eq. 4).
-      dropped: `[B]`, share of choices that found no place.
     """
 
-    dispatch: jax.Array
-    combine: jax.Array
+    chosen: jax.Array
+    weights: jax.Array
     balance: jax.Array
-    dropped: jax.Array
 
 
-def route(logits: jax.Array, experts_per_token: int, capacity: int) -> Routing:
-    """Give every token its best experts, first choices before second ones, earlier tokens first.
+def route(logits: jax.Array, experts_per_token: int) -> Routing:
+    """Give every token its best experts.
 
     Args:
       logits: float `[B, T, E]`.
       experts_per_token: Choices per token, k.
-      capacity: Places per expert and row, C.
     """
-    rows, length, experts = logits.shape
+    experts = logits.shape[-1]
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, chosen = jax.lax.top_k(probs, experts_per_token)
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    wanted = jax.nn.one_hot(chosen, experts, dtype=jnp.float32).swapaxes(1, 2)  # [B, k, T, E]
-    queue = jnp.cumsum(wanted.reshape(rows, -1, experts), axis=1).reshape(wanted.shape) - 1
-    kept = wanted * (queue < capacity)
-    index = jnp.sum(queue * wanted, axis=-1).astype(jnp.int32)
-    place = jax.nn.one_hot(index, capacity, dtype=jnp.float32)
-    combine = jnp.einsum("bkte,bktc,btk->btec", kept, place, weights)
-    first = wanted[:, 0]
-    balance = experts * jnp.sum(jnp.mean(first, axis=1) * jnp.mean(probs, axis=1), axis=-1)
+    weights, chosen = ops.top_experts(probs, experts_per_token)
+    first = jax.nn.one_hot(chosen[..., 0], experts, dtype=jnp.float32)
     return Routing(
-        dispatch=jnp.einsum("bkte,bktc->btec", kept, place),
-        combine=combine,
-        balance=balance,
-        dropped=1 - jnp.sum(kept, axis=(1, 2, 3)) / (length * experts_per_token),
+        chosen=chosen,
+        weights=weights / jnp.sum(weights, axis=-1, keepdims=True),
+        balance=experts * jnp.sum(jnp.mean(first, axis=1) * jnp.mean(probs, axis=1), axis=-1),
     )
 
 
@@ -115,16 +104,25 @@ class MoE(nnx.Module):
         self.down = weights((experts, hidden, width), "expert", "mlp", "embed")
         self.config = config
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
-        """`[B, T, embed]` -> the same shape, and where the tokens went."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`[B, T, embed]` -> the same shape; `balance` and `dropped`, `[B]` each."""
         config = self.config
-        capacity = config.capacity(x.shape[1])
-        routing = route(self.router(x), config.experts_per_token, capacity)
-        inside = jnp.einsum("btec,btd->ebcd", routing.dispatch.astype(x.dtype), x)
-        gate = jnp.einsum("ebcd,edf->ebcf", inside, self.gate[...])
-        up = jnp.einsum("ebcd,edf->ebcf", inside, self.up[...])
-        out = jnp.einsum("ebcf,efd->ebcd", jax.nn.silu(gate) * up, self.down[...])
-        return jnp.einsum("btec,ebcd->btd", routing.combine.astype(x.dtype), out), routing
+        routing = route(self.router(x), config.experts_per_token)
+
+        def experts(inside: jax.Array) -> jax.Array:
+            gate = jnp.einsum("end,edf->enf", inside, self.gate[...])
+            up = jnp.einsum("end,edf->enf", inside, self.up[...])
+            return jnp.einsum("enf,efd->end", jax.nn.silu(gate) * up, self.down[...])
+
+        out, dropped = ops.dispatch_experts(
+            x,
+            routing.chosen,
+            routing.weights,
+            experts,
+            config.num_experts,
+            config.capacity(x.shape[1]),
+        )
+        return out, {"balance": routing.balance, "dropped": dropped}
 
 
 class MoEBlock(nnx.Module):
@@ -143,11 +141,11 @@ class MoEBlock(nnx.Module):
         self.moe_norm = RMSNorm(config.embed_dim, rngs=rngs)
         self.moe = MoE(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
-        """`[B, T, embed]` -> the same shape, and where the tokens went."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`[B, T, embed]` -> the same shape; `balance` and `dropped`, `[B]` each."""
         x = x + self.attention(self.attention_norm(x))
-        mixed, routing = self.moe(self.moe_norm(x))
-        return x + mixed, routing
+        mixed, stats = self.moe(self.moe_norm(x))
+        return x + mixed, stats
 
 
 class MoEDecoder(nnx.Module):
@@ -178,13 +176,9 @@ class MoEDecoder(nnx.Module):
         Add a small multiple (0.01) of `balance` to the loss; watch `dropped`.
         """
         x = self.embedding(tokens)
-        routings = []
+        found = []
         for block in self.blocks:
-            x, routing = block(x)
-            routings.append(routing)
-        mean = lambda parts: sum(parts) / len(parts)
-        stats = {
-            "balance": mean([r.balance for r in routings]),
-            "dropped": mean([r.dropped for r in routings]),
-        }
-        return self.unembedding(self.norm(x)), stats
+            x, stats = block(x)
+            found.append(stats)
+        mean = jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), axis=0), *found)
+        return self.unembedding(self.norm(x)), mean

@@ -5,7 +5,7 @@ On one device, or without a mesh, every piece is the plain computation.
 
 from shardtrain.ops.attention import AttentionChoice, attention, choose_attention
 from shardtrain.ops.chunked_cross_entropy import chunked_cross_entropy
-from shardtrain.ops.experts import capacity_of, dispatch_experts
+from shardtrain.ops.experts import capacity_of, dispatch_experts, top_experts
 from shardtrain.ops.ring_attention import ring_attention
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "chunked_cross_entropy",
     "dispatch_experts",
     "ring_attention",
+    "top_experts",
 ]

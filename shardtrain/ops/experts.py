@@ -26,6 +26,28 @@ def capacity_of(length: int, experts_per_token: int, num_experts: int, factor: f
     return min(length, math.ceil(length * experts_per_token / num_experts * factor))
 
 
+def top_experts(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` over the last dim, one choice after another.
+
+    The compilers' own top-k is gathered from all devices first.
+
+    Args:
+      scores: float `[B, T, E]`.
+      k: Choices per token.
+
+    Returns:
+      Scores and expert numbers, `[B, T, k]` each, best first; of equal ones the first.
+    """
+    left, best, chosen = scores, [], []
+    for _ in range(k):
+        number = jnp.argmax(left, axis=-1)
+        picked = jax.nn.one_hot(number, scores.shape[-1], dtype=bool)
+        best.append(jnp.sum(jnp.where(picked, scores, 0), axis=-1))
+        chosen.append(number.astype(jnp.int32))
+        left = jnp.where(picked, -jnp.inf, left)
+    return jnp.stack(best, axis=-1), jnp.stack(chosen, axis=-1)
+
+
 def dispatch_experts(
     x: jax.Array,
     chosen: jax.Array,

@@ -154,9 +154,11 @@ def _local_axes(layout: Layout, s: Strategy) -> tuple[str, ...]:
     """Sharded gradients (ZeRO 2, 3) leave over fsdp as they are made; the rest waits.
 
     Rows are laid out axis by axis, so only the leading axes can be split off without moving rows.
+    Tokens travel over `expert`, which no replica on its own could do.
     """
     axes = layout.batch_axes
-    return axes[: axes.index("fsdp")] if s.zero >= 2 and "fsdp" in axes else axes
+    kept = [a for a in axes if a == "expert" or (a == "fsdp" and s.zero >= 2)]
+    return axes[: axes.index(kept[0])] if kept else axes
 
 
 def prove_sum_over_examples(

@@ -1,10 +1,13 @@
-"""A run of `st.fit` that may kill itself: `resume_worker.py DIRECTORY NUM_STEPS KILL_AT`.
+"""A run of `st.fit` that may kill itself: `resume_worker.py DIRECTORY NUM_STEPS KILL_AT [lost]`.
 
-Writes `seen.jsonl`: for every step taken, the examples this process read and the loss.
+With `lost` nothing is saved to disk on the way, only to memory, and the process that dies takes the
+memory of its host with it. Writes `seen.jsonl`: for every step taken, the examples this process
+read and the loss.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,8 +20,11 @@ from flax import nnx
 import shardtrain as st
 from shardtrain.checkpoint import as_text, fingerprint
 from shardtrain.checkpoint.leaves import named_leaves
+from shardtrain.recovery.saved import _folder
 
 directory, num_steps, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+lost = sys.argv[4:] == ["lost"]
+first_try = not (directory / "seen.jsonl").exists()
 st.init_distributed()
 examples = 40
 random = np.random.default_rng(0)
@@ -57,7 +63,10 @@ class Model(nnx.Module):
 class Watch(st.Callback):
     def on_step(self, step, metrics):
         write({"step": step, "loss": metrics["loss"].hex()})
-        if step == kill_at:
+        if lost and step == kill_at and jax.process_index() == 1 and first_try:
+            shutil.rmtree(_folder(directory / "run") / "process-1")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == kill_at and not lost:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -69,7 +78,16 @@ plan = st.plan(
     loader.abstract_batch,
     "data=2,fsdp=2",
 )
-result = st.fit(plan, loader, num_steps, directory / "run", [Watch()], save_every=7, progress=False)
+result = st.fit(
+    plan,
+    loader,
+    num_steps,
+    directory / "run",
+    [Watch()],
+    save_every=None if lost else 7,
+    snapshot_every=1 if lost else None,
+    progress=False,
+)
 if jax.process_index() == 0:
     state = as_text(fingerprint(named_leaves(result.state)))
     (directory / "final.json").write_text(json.dumps(state))

@@ -19,7 +19,7 @@ WORKER = Path(__file__).parent / "resume_worker.py"
 EXAMPLES, BATCH = 40, 8
 
 
-def run(directory, num_steps, kill_at=0, processes=1):
+def run(directory, num_steps, kill_at=0, processes=1, restarts=0, extra=()):
     directory.mkdir(exist_ok=True)
     environ = os.environ | {
         "PYTHONPATH": str(Path(shardtrain.__file__).parents[1]),
@@ -28,10 +28,10 @@ def run(directory, num_steps, kill_at=0, processes=1):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return launch(
-        [sys.executable, str(WORKER), str(directory), str(num_steps), str(kill_at)],
+        [sys.executable, str(WORKER), str(directory), str(num_steps), str(kill_at), *extra],
         num_processes=processes,
         devices_per_process=4 // processes,
-        max_restarts=0,
+        max_restarts=restarts,
         run_directory=directory / f"launch-{num_steps}-{kill_at}",
         output="none",
         environ=environ,
@@ -84,3 +84,14 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(whole, tmp_pa
     np.testing.assert_allclose(
         [number(losses[s]) for s in steps], [number(want_losses[s]) for s in steps], rtol=2e-5
     )
+
+
+def test_a_lost_host_is_made_good_from_its_neighbour_without_any_disk(tmp_path):
+    assert run(tmp_path, 12, kill_at=8, processes=2, restarts=1, extra=["lost"]) == 0
+    lines = [json.loads(x) for x in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    begun = [r["step"] for r in lines if r.get("process") == 1]
+    assert begun.count(1) == 1  # it did not start anew
+    assert max(begun) == 12
+    losses = seen(tmp_path)[0]
+    assert all(len(losses[step]) == 1 for step in range(1, 13))  # done again: the same bits
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.name.isdigit()] == ["12"]

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from shardtrain.monitoring import (
     Watchdog,
     check_agreement,
     find_stragglers,
+    fingerprint,
     gather_step_times,
 )
 from shardtrain.monitoring.bad_steps import BadStep
@@ -270,9 +272,20 @@ def _agree(plan: Plan, loader: DataLoader, num_steps: int) -> None:
     """Several processes: all run the same thing, or say who does not, before the first step."""
     if jax.process_count() == 1:
         return
-    facts = {"jax": jax.__version__, "num_steps": str(num_steps), **plan.describe()}
+    check_agreement(run_facts(plan, loader, num_steps))
+
+
+def run_facts(plan: Plan, loader: DataLoader, num_steps: int) -> dict[str, str]:
+    """What must be the same on all processes: versions, program, configuration, data, first batch.
+
+    Examples, seed and batch size decide the first batch; each process reads other rows of it.
+    """
+    packages = ("jax", "jaxlib", "flax", "optax")
+    facts: dict[str, Any] = {name: metadata.version(name) for name in packages}
+    facts |= {"num_steps": num_steps, **plan.describe()}
     facts |= {f"data {k}": v for k, v in loader.describe().items()}
-    check_agreement({k: str(v) for k, v in facts.items()})
+    facts |= {"program": fingerprint(plan.program_text())}
+    return {k: str(v) for k, v in facts.items()}
 
 
 def _report_stragglers(report: Progress, is_main: bool) -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.errors import ReplicaDivergenceError, ShardtrainError, UnstableRunError
+from shardtrain.fit import run_facts
 from shardtrain.monitoring import bad_steps
 from shardtrain.monitoring.guard import LossGuard, judge
 from shardtrain.recovery.saved import _folder
@@ -331,3 +332,30 @@ def test_copies_that_differ_stop_the_run_and_distrust_what_was_saved_since(plan,
     assert (tmp_path / "6.suspect").is_dir()
     assert st.Checkpointer(tmp_path, plan).steps() == [2, 4]
     assert same(fit(plan, loader(), tmp_path, **options).state, without().state)
+
+
+# -- before the first step ----------------------------------------------------------------------
+
+
+def test_facts_that_all_processes_must_share_include_program_and_first_batch(plan):
+    facts = run_facts(plan, loader(), STEPS)
+    assert facts == run_facts(plan, loader(), STEPS)
+    assert set(facts) >= {"jax", "jaxlib", "program", "strategy", "data seed", "data fingerprint"}
+    batch = loader().abstract_batch
+    half = lambda model, batch: st.cross_entropy(0.5 * model(batch["x"]), batch["y"])
+    other = st.plan(Network, half, optax.adam(1e-2), batch, "data=4,fsdp=2")
+    found = run_facts(other, loader(), STEPS)
+    assert [name for name in facts if facts[name] != found[name]] == ["program"]
+
+
+def test_addresses_of_host_callbacks_do_not_count(devices):
+    def noisy(model, batch):
+        jax.debug.callback(lambda: None)
+        return loss_fn(model, batch)
+
+    batch = loader().abstract_batch
+    one, two = (
+        st.plan(Network, noisy, optax.adam(1e-2), batch, "data=8").program_text() for _ in range(2)
+    )
+    assert "callback" in one
+    assert one == two

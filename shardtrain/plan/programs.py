@@ -1,5 +1,6 @@
 """The programs of a plan: gradients, step, evaluation, calls of the trained model."""
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from shardtrain.train import LossFn, TrainState, make_eval, make_step, over_rows
 
 if TYPE_CHECKING:
     from shardtrain.plan.core import Plan
+
+
+_ADDRESS = re.compile(r"\d{9,}")
 
 
 class PlanPrograms:
@@ -113,6 +117,13 @@ class PlanPrograms:
 
     def _lower_step(self: "Plan") -> jax.stages.Lowered:
         return self._jitted_step.lower(*self._step_arguments())
+
+    def program_text(self: "Plan") -> str:
+        """The step before compilation (StableHLO); equal on all processes that run the same.
+
+        Host callbacks carry an address of this process; long numbers are left out.
+        """
+        return _ADDRESS.sub("#", self._lower_step().as_text())
 
     def _make_eval(self: "Plan") -> Any:
         layout = self.layout

@@ -75,7 +75,7 @@ def test_notebook_keeps_its_outputs_and_no_machine_paths(path):
 
 
 def test_there_is_a_notebook():
-    assert [path.name for path in NOTEBOOKS] == ["quickstart.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == ["explore.ipynb", "quickstart.ipynb"]
 
 
 def test_pictures_of_a_history_need_no_file():

@@ -85,9 +85,10 @@ class Exploration:
 
     @property
     def ties(self) -> tuple[Choice, ...]:
-        """Layouts whose predicted time the model's error cannot tell from the best's."""
-        limit = self.best.step_time * (1 + MODEL_ERROR)
-        return tuple(one for one in self.ranked if one.step_time <= limit)
+        """Layouts that the model's error cannot tell from the best, in what is ranked."""
+        value = lambda one: RANKS[self.rank](one)[0]
+        limit = value(self.best) * (1 + MODEL_ERROR)
+        return tuple(one for one in self.ranked if value(one) <= limit)
 
     @cached_property
     def kinds(self) -> dict[str, Choice | Pruned]:

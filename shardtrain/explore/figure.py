@@ -47,6 +47,7 @@ def exploration_figure(found: Exploration) -> Picture:
     ends = [f"{c.memory_bytes / 1e9:.1f} GB" for c in choices]
     _bars(panels[1, 0], labels, memory, ends, "memory of the fullest device", "GB")
     room = max(s.hardware.chip.memory for s in found.searches) / 1e9
+    panels[1, 0].set_xlim(right=max(1.08 * room, panels[1, 0].get_xlim()[1]))
     panels[1, 0].axvline(room, color="#b42318", linestyle="--", linewidth=1.2)
     sent = [axis_bytes(c.candidate.job) if c.candidate.job else {} for c in choices]
     wire = {axis: [one.get(axis, 0.0) / 1e9 for one in sent] for axis in AXES}

@@ -217,6 +217,10 @@ def cheapest_change(job: Job, total: float, room: float, runnable: bool = False)
     return f"; {name} saves {saved[name] / 1e9:.1f}" if name and saved[name] > 0 else ""
 
 
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.5 else f"{1e3 * seconds:.3g} ms"
+
+
 def _explain(one: Candidate, best: Candidate | None) -> Candidate:
     """The same candidate with its reason."""
     top = sorted(one.terms.items(), key=lambda pair: -pair[1])[:3]
@@ -226,7 +230,7 @@ def _explain(one: Candidate, best: Candidate | None) -> Candidate:
     worse = {name: one.terms[name] - best.terms[name] for name in one.terms}
     name = max(worse, key=lambda key: worse[key])
     slower = one.step_time / best.step_time - 1
-    reason = f"{slower:.1%} slower: {name} +{worse[name]:.3g} s ({share})"
+    reason = f"{slower:.1%} slower: {name} +{_seconds(worse[name])} ({share})"
     if slower < 0:
         more = (one.memory.total - best.memory.total) / 1e9
         reason = f"{-slower:.1%} faster, but {more:.1f} GB more ({share})"

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from shardtrain.hardware import Hardware
@@ -19,8 +19,10 @@ class Space:
 
     Attributes:
         tensor: tensor sizes; empty: powers of two up to the fast domain (at most 16).
-        pipeline: stages; empty: divisors of the layer count up to 64.
-        context: context sizes; empty: 1, and 2 to 8 from 32k tokens on.
+        pipeline: stages; empty: divisors of the layer count, with or without the embedding and
+            the output matrix counted as layers, up to 64.
+        context: context sizes; empty: 1, 2 for models over 100B from 8k tokens on, and 2 to 8 from
+            32k tokens on.
         expert: expert sizes; empty: 1, or powers of two that divide the experts.
         zero: sharding levels; 0 is plain data parallelism.
         remat: what is recomputed.
@@ -28,7 +30,8 @@ class Space:
         microbatch: sequences per model replica at a time; empty: divisors of its share.
         offload: whether the optimizer state lives on the host.
         schedule: pipeline schedules.
-        virtual_stages: chunks per stage of an interleaved schedule.
+        virtual_stages: chunks per stage of an interleaved schedule; empty: up to three of 2 to 8
+            that divide a stage's layers.
         runnable: only what `st.plan` runs in this version: no offload, no sequence parallelism.
     """
 
@@ -42,7 +45,7 @@ class Space:
     microbatch: Sequence[int] = ()
     offload: Sequence[bool] = (False, True)
     schedule: Sequence[str] = ("1f1b", "interleaved")
-    virtual_stages: Sequence[int] = field(default=(2, 4))
+    virtual_stages: Sequence[int] = ()
     runnable: bool = False
 
 
@@ -57,8 +60,8 @@ def jobs(
     chips = machine.chip_count
     fast = min(16, machine.domain_size)
     tensors = space.tensor or _powers(fast)
-    pipelines = space.pipeline or [p for p in _divisors(model.layers) if p <= 64]
-    contexts = space.context or ([1, 2, 4, 8] if sequence >= 32768 else [1])
+    pipelines = space.pipeline or _pipelines(model, space.runnable)
+    contexts = space.context or _contexts(model, sequence)
     experts = space.expert or _powers(min(model.experts, 64) or 1)
     for tensor in tensors:
         for pipeline in pipelines:
@@ -83,8 +86,9 @@ def _variants(
     tensor, pipeline, context, expert, replicas = sizes
     schedules = [("1f1b", 1)]
     if pipeline > 1:
+        chunks = space.virtual_stages or _chunks(model, pipeline, space.runnable)
         schedules = [(s, v) for s in space.schedule
-                     for v in (space.virtual_stages if s == "interleaved" else (1,))]  # fmt: skip
+                     for v in (chunks if s == "interleaved" else (1,))]  # fmt: skip
     micros = space.microbatch or _microbatches(global_batch // replicas, sequence // context)
     micros = [m for m in micros if m == 1 or m * replicas <= global_batch]
     shards = _shards(machine, replicas, expert, tensor * context)
@@ -109,6 +113,35 @@ def _variants(
             context, expert, shard, zero, virtual, schedule, kept, precision, sequence_parallel,
             offload=offload, domain=machine.domain_size,
         ), options  # fmt: skip
+
+
+def layer_counts(model: Model, even: bool = False) -> tuple[int, ...]:
+    """Layers that stages can share equally: the embedding and the output matrix may count as one.
+
+    Args:
+        model: shape.
+        even: blocks only, as `st.plan` splits them.
+    """
+    return (model.layers,) if even else (model.layers, model.layers + 1, model.layers + 2)
+
+
+def _pipelines(model: Model, even: bool) -> list[int]:
+    found = {p for n in layer_counts(model, even) for p in _divisors(n)}
+    return sorted(p for p in found if p <= min(64, model.layers))
+
+
+def _contexts(model: Model, sequence: int) -> list[int]:
+    if sequence >= 32768:
+        return [1, 2, 4, 8]
+    return [1, 2] if sequence >= 8192 and model.params > 100e9 else [1]
+
+
+def _chunks(model: Model, pipeline: int, even: bool) -> list[int]:
+    """Fewest, most and a middle number of chunks of 2 to 8 that a stage's layers divide into."""
+    fit = [
+        v for v in range(2, 9) if any(n % (pipeline * v) == 0 for n in layer_counts(model, even))
+    ]
+    return sorted({fit[0], fit[len(fit) // 2], fit[-1]}) if fit else [2]
 
 
 def _divisors(number: int) -> list[int]:
@@ -148,7 +181,7 @@ def invalid(job: Job, global_batch: int) -> str:
     for size, name in ((m.n_heads, "heads"), (m.d_ff or m.expert_ff, "mlp width")):
         if size % job.tensor:
             return f"{name} {size} is not divisible by tensor={job.tensor}"
-    if m.layers % (job.pipeline * job.virtual_stages):
+    if all(n % (job.pipeline * job.virtual_stages) for n in layer_counts(m)):
         stages = f"{job.pipeline} stages x {job.virtual_stages}"
         return f"{m.layers} layers are not divisible by {stages}"
     if job.schedule == "interleaved" and job.num_microbatches % job.pipeline:

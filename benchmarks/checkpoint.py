@@ -206,6 +206,7 @@ def median_of(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def run(megabytes: int, repeats: int, root: Path) -> dict[str, Any]:
+    load = os.getloadavg()[0]
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
     state = jax.block_until_ready(make_state(megabytes, mesh))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -224,6 +225,7 @@ def run(megabytes: int, repeats: int, root: Path) -> dict[str, Any]:
         "jax": jax.__version__,
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
+        "load_average": [load, os.getloadavg()[0]],  # what else ran here: before and after
         "state_bytes": size,
         "repeats": repeats,
         "first_save_s": first,

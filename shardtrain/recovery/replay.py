@@ -44,7 +44,7 @@ class Finding:
     where: str
 
     def __str__(self) -> str:
-        return f"{self.what} {self.path}: {self.where}"
+        return f"{self.what} {self.path}".rstrip() + f": {self.where}"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Measures, for one gradient of a small residual MLP stack:
 - step time of every schedule, of the same model unpipelined on the same devices (batch over all of
   them), and of a GPipe as one writes it by hand: `vmap` over stages, a shift per tick, `jax.grad`
   through the loop;
+- the same times over ticks x the measured cost of a tick;
 - temporary memory against the number of microbatches, from the compiler;
 - compile time.
 
@@ -16,9 +17,11 @@ machine's cores, so an idle stage costs nothing here and bubbles do not show as 
 
 import argparse
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -147,27 +150,61 @@ def cases(sizes: Sizes, microbatches: int) -> dict[str, tuple[Callable[..., Any]
     return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Row:
+    """One case: seconds per step (alternating with all others), compiler's memory, compile time."""
+
     name: str
     microbatches: int
-    seconds: float
+    ticks: int  # in which a stage does a forward: as many as have a backward
     temp_bytes: int
     compile_seconds: float
+    times: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times) if self.times else float("nan")
 
 
-def measure(name: str, microbatches: int, fn: Any, args: tuple, repeats: int) -> Row:
+def compiled(name: str, microbatches: int, fn: Any, args: tuple) -> tuple[Row, Callable[[], Any]]:
     start = time.perf_counter()
-    compiled = jax.jit(fn).lower(*args).compile()
+    program = jax.jit(fn).lower(*args).compile()
     compile_seconds = time.perf_counter() - start
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - start)
-    temp = compiled.memory_analysis().temp_size_in_bytes
-    seconds = statistics.median(times) if times else float("nan")
-    return Row(name, microbatches, seconds, temp, compile_seconds)
+    temp = program.memory_analysis().temp_size_in_bytes
+    row = Row(name, microbatches, num_ticks(name, microbatches), temp, compile_seconds)
+    return row, lambda: jax.block_until_ready(program(*args))
+
+
+def num_ticks(name: str, microbatches: int) -> int:
+    """Ticks with a forward slot; without a table, microbatches."""
+    virtual = dict(SCHEDULES).get(name)
+    if virtual is None:
+        return microbatches
+    phases = make_schedule(name, STAGES, microbatches, virtual).table.phases
+    return sum(phase.stop - phase.start for phase in phases if "F" in phase.slots)
+
+
+def measure(rows: list[tuple[Row, Callable[[], Any]]], repeats: int) -> None:
+    """One step of every case in turn, `repeats` times over, after one that does not count."""
+    for n in range(repeats + 1):
+        for row, step in rows:
+            start = time.perf_counter()
+            step()
+            if n:
+                row.times.append(time.perf_counter() - start)
+
+
+def against_slots(rows: list[Row]) -> dict[str, float]:
+    """Step time over ticks x slot cost: 1 means that nothing but the table's slots takes time.
+
+    The cost of a tick is what one more costs: the difference between two numbers of microbatches.
+    """
+    found = {}
+    for name, _ in SCHEDULES:
+        few, many = [row for row in rows if row.name == name and row.times][:2]
+        slot = (many.seconds - few.seconds) / (many.ticks - few.ticks)
+        found[name] = few.seconds / (few.ticks * slot)
+    return found
 
 
 def check(found: dict[str, tuple[Callable[..., Any], tuple]]) -> None:
@@ -196,7 +233,7 @@ def draw(rows: list[Row], path: str) -> None:
         )
     memory.set(xscale="log", yscale="log", xlabel="microbatches", ylabel="temp MiB per device")
     memory.legend(fontsize=7)
-    timed = [row for row in rows if row.seconds == row.seconds]
+    timed = [row for row in rows if row.times and row.microbatches == rows[0].microbatches]
     base = next(row.seconds for row in timed if row.name == "no pipeline")
     bars.barh([row.name for row in timed], [row.seconds / base for row in timed])
     bars.set_xlabel("step time / no pipeline, shared cores")
@@ -206,24 +243,45 @@ def draw(rows: list[Row], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="pipeline.png", help="where the picture goes")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps per case")
+    parser.add_argument("--json", help="where the figures go")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps per case")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16, 64])
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", STAGES * DATA)
-    rows = []
+    rows, timed = [], []
     for count in args.microbatches:
-        repeats = args.repeats if count == args.microbatches[0] else 0
         found = cases(Sizes(), count)
-        if repeats:
+        if count == args.microbatches[0]:
             check(found)
-        for name, (fn, values) in found.items():
-            rows.append(measure(name, count, fn, values, repeats))
-            row = rows[-1]
-            print(
-                f"{row.name:14} M={row.microbatches:3}  step {row.seconds * 1e3:8.1f} ms  "
-                f"temp {row.temp_bytes / 2**20:8.2f} MiB  compile {row.compile_seconds:5.1f} s",
-                flush=True,
-            )
+        made = [compiled(name, count, fn, values) for name, (fn, values) in found.items()]
+        rows += [row for row, _ in made]
+        timed += made if count in args.microbatches[:2] else []
+    measure(timed, args.repeats)
+    for row in rows:
+        print(
+            f"{row.name:14} M={row.microbatches:3}  step {row.seconds * 1e3:8.1f} ms  "
+            f"temp {row.temp_bytes / 2**20:8.2f} MiB  compile {row.compile_seconds:5.1f} s"
+        )
+    base = {row.microbatches: row.seconds for row in rows if row.name == "no pipeline"}
+    ratios = {
+        f"{row.name}, {row.microbatches} microbatches": row.seconds / base[row.microbatches]
+        for row in rows
+        if row.times
+    }
+    slots = against_slots(rows)
+    for name, ratio in slots.items():
+        print(f"{name:14} step time / (ticks x slot cost) {ratio:.3f}")
+    if args.json:
+        figures = {
+            "sizes": dataclasses.asdict(Sizes()),
+            "stages": STAGES,
+            "replicas": DATA,
+            "jax": jax.__version__,
+            "cases": [dataclasses.asdict(row) for row in rows],
+            "step_over_no_pipeline": ratios,
+            "step_over_ticks_times_slot_cost": slots,
+        }
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     draw(rows, args.out)
 
 

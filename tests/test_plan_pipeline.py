@@ -77,6 +77,7 @@ def pipelined(devices):
         "fsdp=2,data=2,pipeline=2,num_microbatches=4,schedule=gpipe",
         "data=4,pipeline=2,num_microbatches=2,schedule=interleaved,virtual_stages=2",
         "data=2,pipeline=4,num_microbatches=4,max_grad_norm=0.5",
+        "pipeline=2,tensor=2,fsdp=2,sequence_parallel=True,num_microbatches=2",
     ],
 )
 def test_a_pipeline_trains_like_one_device(strategy, devices):
@@ -136,6 +137,20 @@ def test_explain_says_who_holds_what_and_what_is_sent(devices):
     forward = [c for c in sent if "pipeline/tick.py:" in c.source]
     assert {c.bytes for c in forward} == {carry}
     assert sum(c.count for c in forward) == 5
+
+
+def test_the_program_does_not_grow_with_layers_or_microbatches(devices):
+    """Nor, then, does compile time: as many lines of StableHLO for more of either."""
+
+    def lines(layers, microbatches):
+        model = functools.partial(Model, layers=layers, dropout=0.0)
+        strategy = f"data=4,pipeline=2,num_microbatches={microbatches}"
+        return make_plan(strategy, model)._lower_step().as_text().count("\n")
+
+    few = lines(4, 2)
+    assert few > 500
+    assert lines(12, 2) < 1.02 * few
+    assert lines(4, 4) < 1.02 * few
 
 
 def test_checkpoints_move_between_any_number_of_stages(pipelined, loader, tmp_path):

@@ -140,24 +140,17 @@ def _mesh(strategy: Strategy, hardware: Hardware | str | None, devices: Any) -> 
     return abstract_mesh(strategy, find_hardware(hardware).device_count)
 
 
-_UNLESS = {
-    "virtual_stages": " without pipeline > 1",
-    "sequence_parallel": " with pipeline > 1",
-}
-
-
 def _refuse_unavailable(strategy: Strategy) -> None:
     """Fields whose machinery is not in this version are refused, never ignored."""
     asked = {
         "virtual_stages": strategy.virtual_stages > 1 and strategy.pipeline == 1,
-        "sequence_parallel": strategy.sequence_parallel and strategy.pipeline > 1,
         "offload": strategy.offload,
     }
     missing = [name for name, wanted in asked.items() if wanted]
     if missing:
         raise StrategyError(
             f"Strategy({missing[0]}={getattr(strategy, missing[0])!r}) is not available in this "
-            "version" + _UNLESS.get(missing[0], "")
+            "version" + (" without pipeline > 1" if missing[0] == "virtual_stages" else "")
         )
 
 

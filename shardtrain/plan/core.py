@@ -72,7 +72,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
         self.gradients = self._gradients()
         self.findings = findings + _gradient_findings(self.gradients, strategy)
-        if strategy.sequence_parallel:
+        if strategy.sequence_parallel and pipelined is None:
             self.findings += stream_findings(self.proof_loss, layout)
         self._jitted_step = self._make_step()
         self._jitted_eval = self._make_eval()

@@ -36,6 +36,7 @@ from shardtrain.plan.grads import pipeline_axes
 from shardtrain.plan.known_bugs import check_known_bugs
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
+from shardtrain.plan.stream import constrain_stream, stream_findings
 from shardtrain.pytree import map_with_path, nbytes
 from shardtrain.strategy import Strategy
 from shardtrain.sync import needs_replicas
@@ -54,6 +55,7 @@ class Pipelined:
       local_axes: Batch axes over which every replica runs its own pipeline, and gradients are
         reduced once per step.
       reason: Why not over all of them, where they are reduced in every tick.
+      findings: What of the strategy does not reach this model.
     """
 
     pipeline: Pipeline
@@ -62,6 +64,7 @@ class Pipelined:
     whole: Layout
     local_axes: tuple[str, ...] = ()
     reason: str = ""
+    findings: tuple[str, ...] = ()
 
     @property
     def form(self) -> ModelForm:
@@ -137,10 +140,10 @@ def make_pipelined(
     """
     # A model without separate blocks is a scan: rematerialising the whole loss would hide it.
     visible = s if form.blocks else s.replace(remat="none")
-    make = lambda fn: make_loss(
+    plain = lambda fn: make_loss(
         form, dataclasses.replace(loss, fn=fn), visible, None, num_parts=s.num_microbatches
     )
-    bugs = check_known_bugs(make(loss.fn), whole, s)
+    bugs = check_known_bugs(plain(loss.fn), whole, s)
     if bugs.grouped and bugs.idle_axes:
         raise CompilerBugError(
             f"the grouped convolution at {bugs.grouped[0]} would get wrong kernel gradients in a "
@@ -149,16 +152,18 @@ def make_pipelined(
     if needs_replicas(s):
         axes, reason = ("data",), ""  # by definition of the algorithm
     else:
-        axes, reason = pipeline_axes(make(loss.fn), whole, s, bugs)
+        axes, reason = pipeline_axes(plain(loss.fn), whole, s, bugs)
     replicas = math.prod(whole.sizes[a] for a in axes)
     rows = lambda x: jax.ShapeDtypeStruct((x.shape[0] // replicas, *x.shape[1:]), x.dtype)
     schedule = make_schedule(s.schedule, s.pipeline, s.num_microbatches, s.virtual_stages)
+    make = lambda fn: constrain_stream(plain(fn), whole, s, axes)
     pipeline = make_pipeline(
         form, make, loss.fn, jax.tree.map(rows, whole.batch), schedule, s.rules.get("pipeline")
     )
     stacked = pipelined_optimizer(optimizer, form.abstract_params, pipeline.params)
     layout = _layout(whole, pipeline, stacked, s)
-    return Pipelined(pipeline, layout, stacked, whole, axes, reason)
+    findings = stream_findings(plain(loss.fn), whole) if s.sequence_parallel else ()
+    return Pipelined(pipeline, layout, stacked, whole, axes, reason, findings)
 
 
 def pipeline_gradients(found: Pipelined, s: Strategy) -> GradFn:

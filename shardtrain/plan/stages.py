@@ -19,7 +19,7 @@ def stage_notes(found: Pipelined) -> tuple[str, ...]:
         "; ".join(f"stage {p}: {', '.join(chunks(p))}" for p in range(stages)),
         _sends(found),
     )
-    return notes + ((model.note,) if model.note else ())
+    return notes + ((model.note,) if model.note else ()) + found.findings
 
 
 def send_bytes(found: Pipelined) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from shardtrain.algorithms import DiLoCo, Gossip, LocalSGD
 from shardtrain.checkpoint import has_replicas, replica_divergence
 from shardtrain.data import DataLoader, audit_first_batch
 from shardtrain.errors import DataError, ReplicaDivergenceError
@@ -149,7 +150,8 @@ def fit(
         print(resumed)
 
     shardings = plan.layout.batch_shardings
-    watch = LossWatch(guard, saved, path, seed, skip_steps)
+    local = isinstance(plan.strategy.sync, LocalSGD | DiLoCo | Gossip)
+    watch = LossWatch(guard, saved, path, seed, skip_steps, local)
     replicas = _ReplicaCheck(plan, saved, check_replicas_every, first)
     pending: collections.deque[_Pending] = collections.deque()
     compiled = stopping = saving = snapping = False

@@ -168,7 +168,7 @@ def test_a_run_without_any_file_goes_back_too(plan, without):
 
 def test_without_anything_saved_a_spike_is_told_and_taken(plan, capsys):
     found = fit(plan, loader({8}, 1e4), guard=WATCHFUL)
-    assert "step 8: spike" in capsys.readouterr().out
+    assert "step 8: spike (loss" in capsys.readouterr().out
     assert int(found.state.skipped) == 0
     assert len(found.history) == STEPS
 
@@ -193,6 +193,14 @@ def test_the_checkpoint_to_replay_from_outlives_retention(plan, tmp_path):
     fit(plan, loader({5}), tmp_path, save_every=2, max_to_keep=1)
     assert st.Checkpointer(tmp_path, plan).steps() == [4, 12]
     assert bad_steps.read(tmp_path)[5].replay_from == 4
+
+
+def test_replicas_that_step_on_their_own_all_leave_it_out(tmp_path, devices):
+    strategy = st.Strategy(data=4, fsdp=2, sync=st.LocalSGD(sync_every=2))
+    plan = st.plan(Network, loss_fn, optax.adam(1e-2), loader().abstract_batch, strategy)
+    found = fit(plan, loader({5}), tmp_path, save_every=2)
+    assert bad_steps.read(tmp_path)[5].went_back_to == 4
+    assert same(found.state, fit(plan, loader(), skip_steps={5}).state)
 
 
 # -- going back further, and giving up ----------------------------------------------------------

@@ -35,6 +35,8 @@ class LossWatch:
       directory: Of the run: gets `bad_steps.jsonl`; None: nothing is written.
       seed: Of the run's first state, for the record.
       skip: Steps that are left out from the start, numbered from 1.
+      local: Replicas step on their own (`LocalSGD`, `DiLoCo`, `Gossip`): one of them may leave out
+        a step that the others take, so the run goes back for each that is not finite.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class LossWatch:
         directory: Path | None,
         seed: int,
         skip: Collection[int] = (),
+        local: bool = False,
     ):
         self._on = guard is not None
         self._guard = guard or LossGuard()
         self._saved = saved
         self._directory = directory
         self._seed = seed
+        self._local = local
         known = {} if directory is None else bad_steps.read(directory)
         self.skip = {*skip, *known}
         saved.pin(*(bad.replay_from for bad in known.values()))
@@ -77,14 +81,15 @@ class LossWatch:
             return None
         anchor = self._saved.anchor(step - 1)
         bad = BadStep(step, reason, metrics["loss"], metrics["grad_norm"], None, anchor, self._seed)
-        if reason == "spike" and not self._saved.can_go_back(step - 1):
-            self._say(f"step {step}: spike (loss {bad.loss:.4g}); no state is saved to go back to")
+        taken = reason == "spike" or self._local  # at least by some replicas: to be undone
+        if taken and not self._saved.can_go_back(step - 1):
+            self._say(f"step {step}: {reason} (loss {bad.loss:.4g}); nothing saved to go back to")
             return None
         self.skip.add(step)
         self._record(bad)
         self._good_since = 0
         self._row.append(step)
-        if reason == "not finite" and len(self._row) < self._guard.patience:
+        if not taken and len(self._row) < self._guard.patience:
             return None
         return bad
 

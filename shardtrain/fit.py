@@ -161,7 +161,7 @@ def fit(
         Preemption() as stop,
         _watchdog(report),
     ):
-        _agree(plan, loader, num_steps)
+        _agree(plan, loader, num_steps, watch.skip)
         done = first
         while done < num_steps:
             step, done = done, done + 1
@@ -270,21 +270,23 @@ def _watchdog(report: Progress) -> Any:
     return Watchdog(report) if jax.process_count() > 1 else contextlib.nullcontext()
 
 
-def _agree(plan: Plan, loader: DataLoader, num_steps: int) -> None:
+def _agree(plan: Plan, loader: DataLoader, num_steps: int, skip: Collection[int]) -> None:
     """Several processes: all run the same thing, or say who does not, before the first step."""
     if jax.process_count() == 1:
         return
-    check_agreement(run_facts(plan, loader, num_steps))
+    check_agreement(run_facts(plan, loader, num_steps, skip))
 
 
-def run_facts(plan: Plan, loader: DataLoader, num_steps: int) -> dict[str, str]:
+def run_facts(
+    plan: Plan, loader: DataLoader, num_steps: int, skip: Collection[int] = ()
+) -> dict[str, str]:
     """What must be the same on all processes: versions, program, configuration, data, first batch.
 
     Examples, seed and batch size decide the first batch; each process reads other rows of it.
     """
     packages = ("jax", "jaxlib", "flax", "optax")
     facts: dict[str, Any] = {name: metadata.version(name) for name in packages}
-    facts |= {"num_steps": num_steps, **plan.describe()}
+    facts |= {"num_steps": num_steps, "steps left out": sorted(skip), **plan.describe()}
     facts |= {f"data {k}": v for k, v in loader.describe().items()}
     facts |= {"program": fingerprint(plan.program_text())}
     return {k: str(v) for k, v in facts.items()}

@@ -36,8 +36,9 @@ STRATEGIES = (
     "data=4,precision=bf16",
     "fsdp=4,remat=dots,precision=bf16",
 )
-# Strategies that split the sequence, or layers, on models they apply to.
-SEQUENCES = (
+# Strategies that split the sequence, layers or channels, on models they apply to.
+FITTING = (
+    ("resnet", "data=4,tensor=2"),
     ("llama-targets", "data=2,context=2,tensor=2,sequence_parallel=True,remat=full"),
     ("llama-targets", "data=4,pipeline=2,num_microbatches=2"),
     ("gpt-targets", "data=4,tensor=2,sequence_parallel=True"),
@@ -55,8 +56,8 @@ BF16_TOLERANCE = 5e-2
 def pairs() -> list[tuple[str, str]]:
     """Which models meet which strategies."""
     if os.environ.get("SHARDTRAIN_EQUIVALENCE") == "all":
-        return [(name, s) for name in ZOO for s in STRATEGIES] + list(SEQUENCES)
-    chosen = [(name, s) for name in CHEAP for s in STRATEGIES] + list(SEQUENCES)
+        return [(name, s) for name in ZOO for s in STRATEGIES] + list(FITTING)
+    chosen = [(name, s) for name in CHEAP for s in STRATEGIES] + list(FITTING)
     turn = 0
     for name in ZOO:
         if name not in CHEAP and not name.endswith("-targets"):

@@ -145,6 +145,8 @@ def _results(
     name = eqn.primitive.name
     if name not in _MAKERS or seen.key(outs[0]) not in streams:
         return
+    if name == "gather" and seen.reads_data(eqn):
+        return
     if name in _SUMS and not all(len(d) == len(outs[0]) for d in ins):
         return
     # A table that each device holds whole costs less with dx gathered than with its own gradient
@@ -153,8 +155,7 @@ def _results(
     yield seen.place("scatter" if partial else "stream", 0, outs[0], axis)
     if name == "gather":  # or rows would be looked up where the result is wanted
         yield _index(seen, ins)
-        if not seen.reads_data(eqn):
-            yield _table(seen, ins)
+        yield _table(seen, ins)
 
 
 def _operands(seen: "_Seen", ins: Sequence[Dims], streams: set[Key], axis: str) -> Iterator[Place]:
@@ -289,7 +290,9 @@ class _Seen:
 
     def is_stream(self, eqn: jex.JaxprEqn, dims: Dims, axis: str) -> bool:
         """A sum over `axis` of `[batch, sequence, ..., width]`, itself not sharded over it."""
-        made = eqn.primitive.name in ("dot_general", "gather") and len(dims) > 2
+        name = eqn.primitive.name
+        made = name == "dot_general" or (name == "gather" and not self.reads_data(eqn))
+        made = made and len(dims) > 2
         return (
             made
             and self.sums_over(eqn, axis)

@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from shardtrain.errors import DoubleAxisError, IndivisibleError, PartitionError, ReplicationError
-from shardtrain.partitioning.rules import as_axes, axes_of, glob_rule
+from shardtrain.partitioning.rules import AMBIGUOUS, as_axes, axes_of, glob_rule
 from shardtrain.pytree import leaves_by_path, matches, nbytes
 from shardtrain.strategy import Strategy
 
@@ -110,6 +110,9 @@ def _decide(
     elif any(n is not None for n in names):
         entries, why = _named_entries(path, shape, names, strategy, sizes)
         rule = "annotation"
+        if inferred is not None and _undecided(names, entries, strategy):
+            entries = _entries(inferred.spec, len(shape))
+            rule, why = "inferred", f"{inferred.why} (annotation {names} leads to no mesh axis)"
     elif inferred is not None:
         entries = _entries(inferred.spec, len(shape))
         rule, why, names = "inferred", inferred.why, inferred.logical
@@ -139,6 +142,12 @@ def _decide(
         why=why,
         nbytes=nbytes(leaf),
     )
+
+
+def _undecided(names: tuple[Any, ...], entries: Entries, strategy: Strategy) -> bool:
+    """An annotation with an ambiguous name that shards nothing and that no rule speaks of."""
+    parts = {part for name in names for part in as_axes(name)}
+    return bool(parts & AMBIGUOUS) and not any(entries) and not parts & set(strategy.rules)
 
 
 def _rule_entries(path: str, shape: tuple[int, ...], glob: str, value: tuple[Any, ...]) -> Entries:

@@ -34,6 +34,10 @@ CONVENTIONAL: dict[str, tuple[str, ...]] = {
 }
 """Logical axis names of the field and their mesh axes; `fsdp` is added to the largest dim later."""
 
+AMBIGUOUS = frozenset({"kv"})
+"""Names that are one head's width to some authors and the heads to others: inference decides where
+the name leads nowhere and no rule of the user's has it."""
+
 _GLOB = re.compile(r"[*?\[/]")
 
 

@@ -82,6 +82,10 @@ def _grown_dim(own: jex.JaxprEqn, whole: jex.JaxprEqn) -> int | None:
 
 
 def _hidden(pair: tuple[Any, Any], inside: bool) -> Iterator[str]:
+    primitives = lambda program: [e.primitive.name for e in program.jaxpr.eqns]
+    if primitives(pair[0]) != primitives(pair[1]):  # the model is written otherwise for few rows
+        yield from (source_line(e, "<unknown>") for e in pair[0].jaxpr.eqns[:1])
+        return
     for own, whole in zip(pair[0].jaxpr.eqns, pair[1].jaxpr.eqns, strict=True):
         if inside and _draws(own) and _grown_dim(own, whole) is not None:
             yield source_line(own, "<unknown>")
@@ -90,8 +94,10 @@ def _hidden(pair: tuple[Any, Any], inside: bool) -> Iterator[str]:
             for inner in zip(closed, bodies(whole), strict=True):
                 yield from _hidden(inner, inside)
         else:
-            subs = (list(jex.jaxprs_in_params(eqn.params)) for eqn in (own, whole))
-            for a, b in zip(*subs, strict=True):
+            mine, theirs = (list(jex.jaxprs_in_params(eqn.params)) for eqn in (own, whole))
+            if len(mine) != len(theirs):
+                yield source_line(own, "<unknown>")
+            for a, b in zip(mine, theirs, strict=False):
                 yield from _hidden((jex.ClosedJaxpr(a, ()), jex.ClosedJaxpr(b, ())), True)
 
 

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 
 from shardtrain.modules import ModelForm
 from shardtrain.partitioning import Inferred
-from shardtrain.partitioning.infer.solve import solve
+from shardtrain.partitioning.infer.solve import Solution, solve
 from shardtrain.partitioning.infer.table import AxisTable, infer_axes
+from shardtrain.partitioning.resolve import REPLICATED_SHARE
 from shardtrain.partitioning.rules import is_glob
 from shardtrain.strategy import Strategy
 from shardtrain.train import LossFn
+
+_DEAR = 0.02
+"""Weight of bytes sent where nothing else would be split: feature maps are larger than kernels."""
 
 INFERRED_AXES = ("tensor", "expert", "context")
 """Mesh axes whose use depends on what the model computes; data and fsdp fit any model."""
@@ -64,6 +68,10 @@ def infer_layout(
     fixed = {k: v for k, v in strategy.rules.items() if not is_glob(k) and k in names}
     fixed = {k: v if v in axes else None for k, v in fixed.items()}
     solution = solve(table, axes, fixed=fixed)
+    if axes.get("tensor", 1) > 1 and _mostly_whole(solution, table) and not form.annotations:
+        # What was asked for is better done dearly than not at all.
+        other = solve(table, axes, fixed=fixed, channels=True, comm_weight=_DEAR)
+        solution = other if _held(other, table) < _held(solution, table) else solution
     rows = {row.path: row for row in table.rows}
     params = {
         path: Inferred(spec, _logical(rows[path].axes), solution.reasons[path])
@@ -76,6 +84,16 @@ def infer_layout(
     }
     findings = () if form.annotations else tuple(solution.findings)
     return InferredLayout(params, inputs, findings, names)
+
+
+def _held(solution: Solution, table: AxisTable) -> int:
+    """Bytes of parameters that every device would hold whole."""
+    return sum(row.bytes for row in table.rows if not any(solution.specs[row.path]))
+
+
+def _mostly_whole(solution: Solution, table: AxisTable) -> bool:
+    total = sum(row.bytes for row in table.rows)
+    return _held(solution, table) > REPLICATED_SHARE * total
 
 
 def _logical(axes: tuple[tuple[str, ...], ...]) -> tuple[Any, ...]:

@@ -55,12 +55,19 @@ class Costs:
     products: list[tuple[int, int]]  # (major, minor) neighbours within one dim of a parameter
 
 
-def collect(table: AxisTable) -> Costs:
-    """Sum up the trace per group of tied classes."""
+def collect(table: AxisTable, channels: bool = False) -> Costs:
+    """Sum up the trace per group of tied classes.
+
+    Args:
+      table: from `infer_axes`.
+      channels: channels of convolutions are choices too.
+    """
     graph, roots = table.graph, table.graph.atoms.roots
     arrays = _distinct_arrays(table)
     blocked = _blocked(table, arrays)
     groups, group_of = _groups(table, arrays, blocked)
+    if not channels:
+        _avoid_convolutions(table, groups, group_of)
     candidates = {c for c, g in group_of.items() if not groups[g].blocked}
 
     def groups_of(classes: Iterable[int]) -> frozenset[int]:
@@ -176,7 +183,6 @@ def _groups(
         groups[g].classes = (*groups[g].classes, c)
         groups[g].blocked = groups[g].blocked or blocked.get(c, "")
         groups[g].avoided = groups[g].avoided or _AVOIDED.get(table.names[c], "")
-    _avoid_convolutions(table, groups, group_of)
     return groups, group_of
 
 

@@ -42,6 +42,7 @@ def solve(
     *,
     comm_weight: float = 1.0,
     fixed: Mapping[str, Any] | None = None,
+    channels: bool = False,
 ) -> Solution:
     """Choose a layout over `tensor`, `expert` and `context` by a small integer program.
 
@@ -55,6 +56,7 @@ def solve(
       comm_weight: above 1 shards less, below 1 more.
       fixed: logical axis name → mesh axis or None, or parameter glob → `PartitionSpec` or None
         (replicated); these win over what is inferred.
+      channels: channels of convolutions may be sharded too.
 
     Returns:
       `Solution`.
@@ -63,7 +65,7 @@ def solve(
       PartitionError: a key of `fixed` names no logical axis and no parameter.
       IndivisibleError: a fixed axis does not divide.
     """
-    costs = collect(table)
+    costs = collect(table, channels)
     n = mesh_axes.get("tensor", 1)
     by_name, by_path = fixed_choices(table, fixed or {})
     expert = _simple_axis(costs, "expert", mesh_axes.get("expert", 1), by_name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "AllReduce": "algorithms",
+    "AsyncJob": "async_ps",
     "Aux": "modules",
     "Callback": "monitoring.callbacks",
     "Checkpointer": "checkpoint",
@@ -36,6 +37,7 @@ _EXPORTS = {
     "TrainState": "train",
     "VerifyReport": "verify",
     "assert_collectives": "planner.assertions",
+    "async_ps": "async_ps",
     "cross_entropy": "modules",
     "evaluate": "fit",
     "explain_oom": "explore",
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
     from shardtrain.algorithms import PowerSGD as PowerSGD
     from shardtrain.algorithms import Sign as Sign
     from shardtrain.algorithms import TopK as TopK
+    from shardtrain.async_ps import AsyncJob as AsyncJob
+    from shardtrain.async_ps import async_ps as async_ps
     from shardtrain.checkpoint import Checkpointer as Checkpointer
     from shardtrain.checkpoint import export as export
     from shardtrain.checkpoint import inspect as inspect

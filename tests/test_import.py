@@ -21,7 +21,7 @@ LAYERS = (
     ("planner", "viz"),  # pictures of plain data
     ("plan",),
     ("recovery",),
-    ("fit", "verify", "explore", "doctor"),
+    ("fit", "verify", "explore", "async_ps", "doctor"),
     ("cli",),
 )
 """Lowest first; `models` may use what it likes and nothing uses it but the command line."""
@@ -29,11 +29,11 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 PUBLIC = """
-AllReduce Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8 Functional
-Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign Strategy
-TensorBoardLog TopK TrainState VerifyReport assert_collectives cross_entropy evaluate explain_oom
-explore export fit hardware init_distributed inspect ops plan planner replay_step
-replica_divergence restore simulate verify
+AllReduce AsyncJob Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8
+Functional Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign
+Strategy TensorBoardLog TopK TrainState VerifyReport assert_collectives async_ps cross_entropy
+evaluate explain_oom explore export fit hardware init_distributed inspect ops plan planner
+replay_step replica_divergence restore simulate verify
 """
 
 

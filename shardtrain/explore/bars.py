@@ -10,25 +10,25 @@ Row = tuple[str, Mapping[str, float], str]
 """(label, part -> size, text at the end of the bar)."""
 
 
-def bars(rows: Sequence[Row], parts: Sequence[str], unit: str, limit: float = 0.0) -> str:
+def bars(rows: Sequence[Row], parts: Sequence[str], unit: str, limits: Sequence[float] = ()) -> str:
     """Stacked bars with a key; every segment says its size when pointed at.
 
     Args:
         rows: one per bar.
         parts: in which order the parts are drawn; at most seven.
         unit: "B" or "s", for what segments say.
-        limit: drawn as a dashed line.
+        limits: one per bar, drawn as a dashed line; none: no lines.
     """
-    longest = max([limit, *(sum(sizes.values()) for _, sizes, _ in rows)]) or 1.0
+    longest = max([*limits, *(sum(sizes.values()) for _, sizes, _ in rows)]) or 1.0
     lines = []
-    for label, sizes, end in rows:
+    for row, (label, sizes, end) in enumerate(rows):
         cells = "".join(
             f'<i style="width:{100 * sizes[name] / longest:.2f}%;background:{COLOURS[n]}" '
             f'title="{name}: {_size(sizes[name], unit)}"></i>'
             for n, name in enumerate(parts)
             if sizes.get(name, 0.0) > 0
         )
-        mark = f'<u style="left:{100 * limit / longest:.2f}%"></u>' if limit else ""
+        mark = f'<u style="left:{100 * limits[row] / longest:.2f}%"></u>' if limits else ""
         name = html.escape(label)
         lines.append(
             f'<div class="row"><span><span>{name}</span><span class="soft">{html.escape(end)}'

@@ -1,6 +1,7 @@
 """What `st.explore` found: ranked layouts, reasons, tables, pictures."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -182,7 +183,7 @@ class Exploration:
         """(mark, family, its best layout): those that fit, best first, then those that do not."""
         fit = [(kind, one) for kind, one in self.kinds.items() if isinstance(one, Choice)]
         lost = [(kind, one) for kind, one in self.kinds.items() if isinstance(one, Pruned)]
-        lost.sort(key=lambda pair: len(pair[0]))
+        lost.sort(key=lambda pair: len(pair[0]) if fit else pair[1].shortfall or math.inf)
         fit = fit[: max(rows - len(lost), rows - rows // 3)]
         ties = {id(one) for one in self.ties} if self.ranked else set()
         mark = lambda one: "*" if one is self.ranked[0] else "≈" if id(one) in ties else ""

@@ -7,13 +7,14 @@ details), so that it works offline, in Jupyter, and where scripts are taken out.
 import hashlib
 import html
 from collections import Counter
+from collections.abc import Mapping
 
 from shardtrain.explore.bars import Row, bars, key
 from shardtrain.explore.choice import Choice, axes_text, details_text
 from shardtrain.explore.exploration import MODEL_ERROR, Exploration, seconds_text
 from shardtrain.explore.gantt import gantt_key, gantt_svg, shown_schedule
 from shardtrain.explore.mesh_svg import MOST_CHIPS, mesh_svg
-from shardtrain.explore.scatter import SLOWEST, SPLITS, scatter_svg
+from shardtrain.explore.scatter import SLOWEST, SPLITS, scatter_svg, split_of
 from shardtrain.explore.style import COLOURS, CSS, GROUPS, TERM_WORDS
 from shardtrain.planner.search import Pruned
 from shardtrain.planner.traffic import format_bytes
@@ -42,11 +43,12 @@ def page(found: Exploration) -> str:
 def fragment(found: Exploration) -> str:
     """The same as an element for a notebook."""
     anchor = "x" + hashlib.sha256(repr(found).encode()).hexdigest()[:8]
-    choices = [c for c in found.kinds.values() if isinstance(c, Choice)][:SHOWN]
+    named = {name: c for name, c in found.kinds.items() if isinstance(c, Choice)}
+    choices = dict(list(named.items())[:SHOWN])
     parts = [f"<style>{CSS}{_tab_css(anchor, len(choices))}</style>", _head(found)]
     if found.ranked:
         parts.append('<div class="grid">')
-        parts += [_scatter(found, anchor), _time(choices), _memory(found, choices)]
+        parts += [_scatter(found, anchor), _time(choices), _memory(choices)]
         parts += [_communication(choices), _layouts(choices, anchor)]
         parts.append("</div>")
     parts += [_table(found, anchor), _lost(found), _assumptions(found)]
@@ -86,7 +88,8 @@ def _head(found: Exploration) -> str:
 
 
 def _scatter(found: Exploration, anchor: str) -> str:
-    entries = [(COLOURS[n], name) for n, name in enumerate(SPLITS)]
+    used = {split_of(c) for c in found.ranked}
+    entries = [(COLOURS[n], name) for n, name in enumerate(SPLITS) if n in used]
     note = (
         '<p class="soft">A dot is a layout; large dots are the best of their family, the line '
         "joins those that none beats in both, dashed is what a device has. "
@@ -95,54 +98,55 @@ def _scatter(found: Exploration, anchor: str) -> str:
     return _card("Time and memory", scatter_svg(found, anchor) + key(entries) + note)
 
 
-def _label(choice: Choice) -> str:
-    return f"{choice.kind} ({axes_text(vars(choice.strategy))})"
+def _label(name: str, choice: Choice) -> str:
+    return f"{name} ({axes_text(vars(choice.strategy))})"
 
 
-def _memory(found: Exploration, choices: list[Choice]) -> str:
+def _memory(choices: Mapping[str, Choice]) -> str:
     rows: list[Row] = [
-        (_label(c), c.candidate.memory.classes(), f"{c.memory_bytes / 1e9:.1f} GB") for c in choices
+        (_label(name, c), c.candidate.memory.classes(), f"{c.memory_bytes / 1e9:.1f} GB")
+        for name, c in choices.items()
     ]
-    limit = max(s.hardware.chip.memory for s in found.searches)
-    return _card("Memory of the fullest device", bars(rows, MEMORY, "B", limit))
+    limits = [c.hardware.chip.memory for c in choices.values()]
+    return _card("Memory of the fullest device", bars(rows, MEMORY, "B", limits))
 
 
-def _time(choices: list[Choice]) -> str:
+def _time(choices: Mapping[str, Choice]) -> str:
     rows: list[Row] = []
-    for c in choices:
+    for kind, c in choices.items():
         sizes = {
             name: sum(c.candidate.terms.get(term, 0.0) for term in terms)
             for name, terms in GROUPS.items()
         }
-        rows.append((_label(c), sizes, seconds_text(c.step_time)))
+        rows.append((_label(kind, c), sizes, seconds_text(c.step_time)))
     words = "".join(f"<li><b>{k}</b>: {v}</li>" for k, v in TERM_WORDS.items())
     terms = f"<details><summary>terms</summary><ul>{words}</ul></details>"
     return _card("Where the step goes", bars(rows, tuple(GROUPS), "s") + terms)
 
 
-def _communication(choices: list[Choice]) -> str:
+def _communication(choices: Mapping[str, Choice]) -> str:
     rows: list[Row] = []
-    for c in choices:
+    for kind, c in choices.items():
         if c.candidate.job is None:
             continue
         sizes = axis_bytes(c.candidate.job)
         seen = sum(c.candidate.terms.get(axis, 0.0) for axis in AXES)
         end = f"{format_bytes(sum(sizes.values()))}, {seconds_text(seen)} not hidden"
-        rows.append((_label(c), sizes, end))
+        rows.append((_label(kind, c), sizes, end))
     return _card("Sent by one chip per step, by mesh axis", bars(rows, AXES, "B"))
 
 
-def _layouts(choices: list[Choice], anchor: str) -> str:
+def _layouts(choices: Mapping[str, Choice], anchor: str) -> str:
     """Tabs: the mesh and the pipeline of each family's best layout."""
     parts = ['<div class="tabs">']
-    for n, c in enumerate(choices):
+    for n, name in enumerate(choices):
         checked = " checked" if n == 0 else ""
         parts.append(
             f'<input type="radio" name="{anchor}t" id="{anchor}t{n}"{checked}>'
-            f'<label for="{anchor}t{n}">{html.escape(c.kind)}</label>'
+            f'<label for="{anchor}t{n}">{html.escape(name)}</label>'
         )
     parts += [f'<section class="{anchor}s{n}">{_layout(c)}</section>'
-              for n, c in enumerate(choices)]  # fmt: skip
+              for n, c in enumerate(choices.values())]  # fmt: skip
     return _card("Who holds what", "".join(parts) + "</div>", wide=True)
 
 

@@ -80,12 +80,10 @@ def module_subject(model: Any, loss_fn: Callable[..., Any], optimizer: Any, batc
         ShardtrainError: what `st.plan` says of the model on one device.
     """
     shapes = abstract(batch)
-    make = lambda strategy, hardware: make_plan(
-        model, loss_fn, optimizer, shapes, strategy, hardware
-    )
-    base = make(Strategy(), "cpu:1")
+    base = make_plan(model, loss_fn, optimizer, shapes, Strategy(), "cpu:1")
     traced = Traced(base, *_batch_size(shapes))
-    return Subject(traced.model, traced.rows, traced.sequence, traced.notes(), traced.adjust, make)
+    again = lambda strategy, hardware: base.again(strategy=strategy, hardware=hardware)
+    return Subject(traced.model, traced.rows, traced.sequence, traced.notes(), traced.adjust, again)
 
 
 def _batch_size(batch: Any) -> tuple[int, int]:

@@ -19,13 +19,16 @@ def model_form(model: Any, example: Callable[..., Any], batch: Any) -> ModelForm
     """Bring a model of any supported kind into one functional form; allocates nothing.
 
     Args:
-      model: Linen module, NNX module, `rngs -> nnx.Module`, or `Functional`.
+      model: Linen module, NNX module, `rngs -> nnx.Module`, or `Functional`; a form is returned as
+        it is.
       example: `example(model, batch)` calls the model as the loss does.
       batch: Abstract batch.
 
     Raises:
       ModelError: The model is none of these.
     """
+    if isinstance(model, ModelForm):
+        return model
     if isinstance(model, Functional):
         return functional_form(model)
     if isinstance(model, nn.Module):

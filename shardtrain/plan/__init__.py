@@ -85,7 +85,7 @@ def plan(
     loss = user_loss(loss_fn)
     shapes = abstract(batch)
     example = lambda model, batch: loss(model, batch, jax.random.key(0), True)
-    form = model_form(model, example, shapes)
+    own_form = form = model_form(model, example, shapes)
     plain = strategy.replace(remat="none", precision="fp32", equal_microbatches=True)
     plain_loss = make_loss(form, loss, plain, None)
     table = functools.cache(lambda form=form: axis_table(form, plain_loss, shapes))
@@ -101,7 +101,7 @@ def plan(
         """The same model, loss, optimizer and batch under another strategy or on other devices."""
         given: dict[str, Any] = {"strategy": strategy, "hardware": hardware, "devices": devices}
         given |= {"eval_fn": eval_fn, "donate": donate} | changes
-        return plan(model, loss_fn, given_optimizer, batch, **given)
+        return plan(own_form, loss_fn, given_optimizer, batch, **given)
 
     return Plan(
         form=form,

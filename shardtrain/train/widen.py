@@ -17,24 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardtrain.compat import scan_counts
-from shardtrain.replay import bind, bodies, closed, contains, read, reopen, start
+from shardtrain.replay import bind, bodies, contains, read, reopen, start
+from shardtrain.train.followed import MOVES, Vars, followed_values, is_cast, is_narrow, scan_chosen
 
-_MOVES = frozenset(
-    (
-        *("add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p"),
-        *("dynamic_update_slice", "expand_dims", "mul", "neg", "optimization_barrier", "pad"),
-        *("reshape", "rev", "sharding_constraint", "slice", "squeeze", "transpose"),
-    )
-)
 _CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-_SUMS = frozenset({"reduce_sum", "scatter-add", "scatter_add"})
-_INDEX_OPERANDS = {
-    "scatter-add": (1,),
-    "scatter_add": (1,),
-    "dynamic_update_slice": (2, 3, 4, 5, 6),
-}
-
-Vars = set[jex.Var]
 
 
 def widen(fn: Callable[..., Any], wanted: Callable[[Any], Any] = lambda out: out) -> Any:
@@ -60,7 +46,7 @@ def widen(fn: Callable[..., Any], wanted: Callable[[Any], Any] = lambda out: out
         marked = jax.tree.unflatten(structure, range(len(leaves)))
         numbers = set(jax.tree.leaves(wanted(marked)))
         chosen = [i in numbers for i in range(len(leaves))]
-        makes_narrow = lambda eqn: any(map(_narrow, eqn.outvars))
+        makes_narrow = lambda eqn: any(map(is_narrow, eqn.outvars))
         if any(contains(eqn, makes_narrow) for eqn in traced.jaxpr.eqns):
             outs = _run(traced, chosen, jax.tree.leaves(args))
         else:
@@ -68,74 +54,6 @@ def widen(fn: Callable[..., Any], wanted: Callable[[Any], Any] = lambda out: out
         return jax.tree.unflatten(structure, outs)
 
     return wide
-
-
-# -- which values are wanted in float32 ---------------------------------------------------------
-
-
-def _followed(program: jex.ClosedJaxpr, chosen: Sequence[bool]) -> Vars:
-    """The values on the way to the chosen outputs that are to be float32."""
-    found: Vars = set()
-    for atom, choose in zip(program.jaxpr.outvars, chosen, strict=True):
-        if choose and isinstance(atom, jex.Var):
-            found.add(atom)
-    for eqn in reversed(program.jaxpr.eqns):
-        outs = [v in found for v in eqn.outvars]
-        if any(outs):
-            sources = _sources(eqn, outs)
-            found.update(v for v in sources if isinstance(v, jex.Var) and _floating(v))
-    return found
-
-
-def _sources(eqn: jex.JaxprEqn, outs: Sequence[bool]) -> list[Any]:
-    """Operands that must be float32 for these outputs to be."""
-    name = eqn.primitive.name
-    if name in _MOVES or _drops_ones(eqn):
-        kept = eqn.invars
-        return [a for a, o in zip(kept, outs, strict=True) if o] if len(outs) > 1 else list(kept)
-    inside = bodies(eqn)
-    if not inside:
-        return []
-    skip = 1 if name == "cond" else 0
-    chosen = _scan_chosen(eqn, outs) if name == "scan" else outs
-    followed = [_followed(body, chosen) for body in inside]
-    picked = []
-    for body, vars_ in zip(inside, followed, strict=True):
-        inner = body.jaxpr.invars
-        picked += [a for a, v in zip(eqn.invars[skip:], inner, strict=True) if v in vars_]
-    return picked + _carried_in(eqn, chosen)
-
-
-def _drops_ones(eqn: jex.JaxprEqn) -> bool:
-    """A sum over dims of size 1, as broadcasting leaves behind."""
-    if eqn.primitive.name != "reduce_sum":
-        return False
-    before, after = (getattr(a.aval, "size", 0) for a in _both(eqn))
-    return before == after
-
-
-def _scan_chosen(eqn: jex.JaxprEqn, outs: Sequence[bool]) -> list[bool]:
-    """Outputs of the loop body to widen: a sum that is carried stays wide all the way round."""
-    first, carried = scan_counts(eqn.params)
-    body, chosen = closed(eqn.params["jaxpr"]), list(outs)
-    while True:
-        followed = _followed(body, chosen)
-        entering = [v in followed for v in body.jaxpr.invars[first : first + carried]]
-        both = [a or b for a, b in zip(chosen, entering, strict=False)] + chosen[carried:]
-        if both == chosen:
-            return chosen
-        chosen = both
-
-
-def _carried_in(eqn: jex.JaxprEqn, chosen: Sequence[bool]) -> list[Any]:
-    if eqn.primitive.name != "scan":
-        return []
-    first, carried = scan_counts(eqn.params)
-    entering = eqn.invars[first : first + carried]
-    return [a for a, c in zip(entering, chosen, strict=False) if c]
-
-
-# -- running -------------------------------------------------------------------------------------
 
 
 def _run(program: jex.ClosedJaxpr, chosen: Sequence[bool], args: Sequence[Any]) -> list[Any]:
@@ -146,13 +64,13 @@ def _run(program: jex.ClosedJaxpr, chosen: Sequence[bool], args: Sequence[Any]) 
       chosen: Outputs to give in float32.
       args: Inputs; those that are followed may already be float32.
     """
-    followed = _followed(program, chosen)
+    followed = followed_values(program, chosen)
     env = start(program, args)
     for eqn in program.jaxpr.eqns:
         outs = [v in followed for v in eqn.outvars]
         values = [read(env, a) for a in eqn.invars]
-        if any(o and _narrow(v) for o, v in zip(outs, eqn.outvars, strict=True)) or (
-            any(outs) and (bodies(eqn) or _is_cast(eqn))
+        if any(o and is_narrow(v) for o, v in zip(outs, eqn.outvars, strict=True)) or (
+            any(outs) and (bodies(eqn) or is_cast(eqn))
         ):
             made = _wide(eqn, values, outs)
         else:
@@ -167,11 +85,11 @@ def _run(program: jex.ClosedJaxpr, chosen: Sequence[bool], args: Sequence[Any]) 
 def _wide(eqn: jex.JaxprEqn, values: list[Any], outs: list[bool]) -> list[Any]:
     """One equation whose outputs are wanted in float32."""
     name = eqn.primitive.name
-    if _is_cast(eqn):
+    if is_cast(eqn):
         return [_float32(values[0])]
     if name in ("scatter-add", "scatter_add"):
         return [_scatter_add(eqn, values)]
-    if name in _MOVES or name == "reduce_sum":
+    if name in MOVES or name == "reduce_sum":
         ins = [_float32(v) for v in values]  # indices are integers and stay
         return bind(_retyped(eqn, ins, outs), ins)
     exact = [_as(v, a.aval) for v, a in zip(values, eqn.invars, strict=True)]
@@ -202,11 +120,11 @@ def _scatter_add(eqn: jex.JaxprEqn, values: list[Any]) -> Any:
 
 
 def _wide_bodies(eqn: jex.JaxprEqn, values: list[Any], outs: list[bool]) -> list[Any]:
-    chosen = _scan_chosen(eqn, outs) if eqn.primitive.name == "scan" else outs
+    chosen = scan_chosen(eqn, outs) if eqn.primitive.name == "scan" else outs
     inside, skip = bodies(eqn), 1 if eqn.primitive.name == "cond" else 0
     wide: Vars = set()
     for body in inside:
-        followed = _followed(body, chosen)
+        followed = followed_values(body, chosen)
         pairs = zip(eqn.invars[skip:], body.jaxpr.invars, strict=True)
         wide.update(i for _, i in pairs if i in followed)
     needed = [
@@ -257,28 +175,10 @@ def _retyped(eqn: jex.JaxprEqn, ins: Sequence[Any], outs: Sequence[bool]) -> jex
         for a, v in zip(eqn.invars, ins, strict=True)
     ]
     outvars = [
-        jex.Var(v.aval.update(dtype=jnp.dtype(jnp.float32))) if o and _narrow(v) else v
+        jex.Var(v.aval.update(dtype=jnp.dtype(jnp.float32))) if o and is_narrow(v) else v
         for v, o in zip(eqn.outvars, outs, strict=True)
     ]
     return eqn.replace(invars=invars, outvars=outvars)
-
-
-def _floating(atom: Any) -> bool:
-    return jnp.issubdtype(getattr(atom.aval, "dtype", jnp.int32), jnp.floating)
-
-
-def _is_cast(eqn: jex.JaxprEqn) -> bool:
-    """From one floating-point dtype to another, float32 at most."""
-    cast = eqn.primitive.name == "convert_element_type"
-    return cast and all(_floating(a) and a.aval.dtype.itemsize <= 4 for a in _both(eqn))
-
-
-def _both(eqn: jex.JaxprEqn) -> list[Any]:
-    return [eqn.invars[0], eqn.outvars[0]]
-
-
-def _narrow(atom: Any) -> bool:
-    return _floating(atom) and atom.aval.dtype.itemsize < 4
 
 
 def _float32(x: Any) -> Any:

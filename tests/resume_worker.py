@@ -1,8 +1,8 @@
-"""A run of `st.fit` that may kill itself: `resume_worker.py DIRECTORY NUM_STEPS KILL_AT [lost]`.
+"""A run of `st.fit` that may kill itself: `DIRECTORY NUM_STEPS KILL_AT [lost|term]`.
 
 With `lost` nothing is saved to disk on the way, only to memory, and the process that dies takes the
-memory of its host with it. Writes `seen.jsonl`: for every step taken, the examples this process
-read and the loss.
+memory of its host with it. With `term` process 1 gets a SIGTERM instead. Writes `seen.jsonl`: for
+every step taken, the examples this process read and the loss.
 """
 
 import json
@@ -23,7 +23,7 @@ from shardtrain.checkpoint.leaves import named_leaves
 from shardtrain.recovery.saved import _folder
 
 directory, num_steps, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-lost = sys.argv[4:] == ["lost"]
+lost, term = sys.argv[4:] == ["lost"], sys.argv[4:] == ["term"]
 first_try = not (directory / "seen.jsonl").exists()
 st.init_distributed()
 examples = 40
@@ -66,7 +66,9 @@ class Watch(st.Callback):
         if lost and step == kill_at and jax.process_index() == 1 and first_try:
             shutil.rmtree(_folder(directory / "run") / "process-1")
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == kill_at and not lost:
+        if term and step == kill_at and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == kill_at and not (lost or term):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import shardtrain
+from shardtrain.checkpoint import inspect
 from shardtrain.launch import launch
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(280)]
@@ -95,3 +96,12 @@ def test_a_lost_host_is_made_good_from_its_neighbour_without_any_disk(tmp_path):
     losses = seen(tmp_path)[0]
     assert all(len(losses[step]) == 1 for step in range(1, 13))  # done again: the same bits
     assert [p.name for p in (tmp_path / "run").iterdir() if p.name.isdigit()] == ["12"]
+
+
+def test_sigterm_to_one_process_saves_one_step_on_all_and_leaves_with_42(tmp_path):
+    assert run(tmp_path, 1_000_000, kill_at=10, processes=2, extra=["term"]) == 42
+    records = [json.loads(x) for x in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    last = [max(r["step"] for r in records if r.get("process") == p) for p in (0, 1)]
+    newest = max(int(p.name) for p in (tmp_path / "run").iterdir() if p.name.isdigit())
+    assert last == [newest, newest]
+    assert inspect(tmp_path / "run").problems == []

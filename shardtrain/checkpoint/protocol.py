@@ -10,8 +10,8 @@ class CheckpointPlan(Protocol):
     A plan that stores arrays otherwise than they should lie on disk (stages stacked, dims padded)
     may also have `to_checkpoint(state) -> tree`, `from_checkpoint(tree) -> state` and
     `abstract_checkpoint`, the abstract tree of that form with shardings; and
-    `abstract_saved(shapes)`, that tree with shapes that differ in a checkpoint (name -> shape) where
-    the plan can convert them.
+    `abstract_saved(shapes)`, that tree with shapes that differ in a checkpoint (name -> shape)
+    where the plan can convert them.
     """
 
     @property

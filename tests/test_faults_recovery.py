@@ -29,11 +29,17 @@ RUNS = [  # those with an odd number take snapshots in memory too
 ]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all: clean runs are made once."""
+    return tmp_path_factory.mktemp("faults")
+
+
 @pytest.mark.parametrize("number", range(len(RUNS)))
-def test_runs_recover_bit_for_bit(faults, tmp_path, number):
+def test_runs_recover_bit_for_bit(faults, folder, number):
     names = RUNS[number]
     steps = faults.num_steps(len(names))
-    record = faults.one_run(tmp_path, number, names, random.Random(number), steps)
+    record = faults.one_run(folder, number, names, random.Random(number), steps)
     assert record["wrong"] == []
     assert len(record["left_out"]) == names.count("nan")
     assert sum(record["struck"].values()) >= len(names)

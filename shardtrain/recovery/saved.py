@@ -5,6 +5,7 @@ token in the run directory: a run that starts anew in an emptied directory does 
 snapshots of the old one, and a restarted process finds its own.
 """
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -69,6 +70,8 @@ class SavedStates:
             self._disk.__exit__(kind, error, traceback)
         if self._memory is not None and (error is None or self._disk is None):
             self._memory.delete()
+            with contextlib.suppress(OSError):  # another process of this host still has its own
+                self._memory.directory.parent.rmdir()
 
     def resume(self, make: Callable[[], TrainState]) -> tuple[TrainState, str]:
         """The newest good state, else a new one; and a sentence when it was restored."""

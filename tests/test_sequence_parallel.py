@@ -8,7 +8,6 @@ from zoo import ZOO
 from zoo.decoders import Llama
 
 import shardtrain as st
-from shardtrain.errors import StrategyError
 from shardtrain.models import Decoder, DecoderConfig
 from shardtrain.planner.compiled import Compiled
 
@@ -77,11 +76,6 @@ def test_nothing_to_split_is_a_finding(devices):
     (found,) = make("data=4,tensor=2,sequence_parallel=True").findings[-1:]
     assert found.startswith("sequence_parallel has nothing to do: no sum over tensor")
     assert "tensor=1" in make("data=8,sequence_parallel=True").findings[0]
-
-
-def test_with_stages_it_is_refused(devices):
-    with pytest.raises(StrategyError, match=r"sequence_parallel=True.* with pipeline > 1"):
-        plan_of("data=2,tensor=2,pipeline=2,num_microbatches=2,sequence_parallel=True")
 
 
 def test_gradients_of_looked_up_rows_stay_where_they_are(devices):

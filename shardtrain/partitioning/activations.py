@@ -18,36 +18,14 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
+from shardtrain.partitioning.dims_inside import Entries, Key, Known, Seen
 from shardtrain.partitioning.edit import Edit, Edits
-from shardtrain.partitioning.infer.dim_graph import DimGraph, Dims
+from shardtrain.partitioning.infer.dim_graph import Dims
 from shardtrain.partitioning.infer.source import source_line
-from shardtrain.partitioning.infer.walk import Traced, Walk
-
-Axes = tuple[str, ...]
-Entries = tuple[Axes, ...]
-
-Key = tuple[tuple[int, ...], ...]
 
 _SUMS = ("add", "add_any", "sub")
 _MAKERS = ("dot_general", "gather", *_SUMS)
 _ON_OPERANDS = ("gather", "index")
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is laid out already.
-
-    Args:
-      sizes: Mesh axis sizes.
-      params: Mesh axes per dim, for each parameter leaf in order.
-      batch: Mesh axes per dim, for each batch leaf in order.
-      num_variables: Leaves between parameters and batch in the loss's arguments.
-    """
-
-    sizes: Mapping[str, int]
-    params: Sequence[Entries]
-    batch: Sequence[Entries]
-    num_variables: int
 
 
 @dataclass(frozen=True)
@@ -93,7 +71,7 @@ def find_stream(program: jex.ClosedJaxpr, known: Known, axis: str = "tensor") ->
       known: Layout of its arguments.
       axis: Mesh axis to shard the sequence over.
     """
-    seen = _Seen(program, known)
+    seen = Seen(program, known)
     streams: set[Key] = set()
     indivisible: dict[str, None] = {}
     for eqn, _, (dims, *_), outer in seen.equations:
@@ -124,7 +102,7 @@ def find_lookups(program: jex.ClosedJaxpr, known: Known) -> Stream:
       program: Of `loss(params, variables, batch, key)`.
       known: Layout of its arguments.
     """
-    seen = _Seen(program, known)
+    seen = Seen(program, known)
     places = {}
     for eqn, ins, (dims, *_), _ in seen.equations:
         if eqn.primitive.name == "gather" and not seen.reads_data(eqn) and seen.is_batch(dims):
@@ -135,7 +113,7 @@ def find_lookups(program: jex.ClosedJaxpr, known: Known) -> Stream:
 
 
 def _results(
-    seen: "_Seen",
+    seen: Seen,
     eqn: jex.JaxprEqn,
     ins: Sequence[Dims],
     outs: Sequence[Dims],
@@ -152,26 +130,33 @@ def _results(
     # A table that each device holds whole costs less with dx gathered than with its own gradient
     # summed over `tensor`.
     partial = name not in _SUMS and (name == "gather" or seen.sums_over(eqn, axis))
-    yield seen.place("scatter" if partial else "stream", 0, outs[0], axis)
+    yield _place(seen, "scatter" if partial else "stream", 0, outs[0], axis)
     if name == "gather":  # or rows would be looked up where the result is wanted
         yield _index(seen, ins)
         yield _table(seen, ins)
 
 
-def _operands(seen: "_Seen", ins: Sequence[Dims], streams: set[Key], axis: str) -> Iterator[Place]:
+def _operands(seen: Seen, ins: Sequence[Dims], streams: set[Key], axis: str) -> Iterator[Place]:
     """What a column-parallel weight reads."""
     for i in (0, 1):
         weight = ins[1 - i]
         if seen.key(ins[i]) in streams and any(axis in e for e in seen.entries(weight)):
-            yield seen.place("gather", i, ins[i], axis)
+            yield _place(seen, "gather", i, ins[i], axis)
 
 
-def _index(seen: "_Seen", ins: Sequence[Dims]) -> Place:
+def _place(seen: Seen, kind: str, number: int, dims: Dims, axis: str) -> Place:
+    """A constraint with the sequence split, which must divide."""
+    stream = seen.split(dims, axis)
+    assert stream is not None
+    return Place(kind, number, stream, seen.entries(dims))
+
+
+def _index(seen: Seen, ins: Sequence[Dims]) -> Place:
     entries = seen.entries(ins[1])
     return Place("index", 1, entries, entries)
 
 
-def _table(seen: "_Seen", ins: Sequence[Dims]) -> Place:
+def _table(seen: Seen, ins: Sequence[Dims]) -> Place:
     """Its gradient is summed before it is split over fsdp."""
     entries = seen.entries(ins[0])
     return Place("gather", 0, entries, entries)
@@ -220,136 +205,3 @@ def _change(place: Place, constrain: Any) -> Any:
 
     moved.defvjp(lambda x: (constrain(x, there), None), lambda _, g: (constrain(g, back),))
     return moved
-
-
-class _Seen:
-    """A walked program: classes of the dims at every equation, and the mesh axes of classes."""
-
-    def __init__(self, program: jex.ClosedJaxpr, known: Known) -> None:
-        self.graph = DimGraph()
-        self.sizes = known.sizes
-        fresh = self.graph.atoms.fresh
-        dims = [[fresh(s) for s in v.aval.shape] for v in program.jaxpr.invars]
-        first = len(known.params) + known.num_variables
-        last = first + len(known.batch)
-        ins = [Traced(d, first <= i < last) for i, d in enumerate(dims)]
-        walk = _RecordingWalk(self.graph, [d for d in dims[first:last] if d])
-        walk.run(program, ins, "<unknown>", 1.0)
-        self.equations = walk.equations
-        self.of_data = walk.of_data
-        self.batch = {r for d in dims[first:last] if d for r in self.roots(d[0])}
-        self.axes: dict[int, Axes] = {}
-        self.partials: dict[str, set[int]] = {}
-        for leaf, entries in zip(dims, known.params, strict=False):
-            self._assign(leaf, entries)
-        for leaf, entries in zip(dims[first:last], known.batch, strict=True):
-            self._assign(leaf, entries)
-
-    def roots(self, dim: Sequence[int]) -> tuple[int, ...]:
-        return self.graph.atoms.roots(dim)
-
-    def _assign(self, dims: Dims, entries: Entries) -> None:
-        """Mesh axes go to the factors of a dim, major to minor."""
-        for dim, axes in zip(dims, entries, strict=False):
-            left = list(axes)
-            for root in self.roots(dim):
-                taken: list[str] = []
-                size = self.graph.atoms.size[root]
-                while left and size % self.sizes[left[0]] == 0:
-                    size //= self.sizes[left[0]]
-                    taken.append(left.pop(0))
-                if taken:
-                    self.axes.setdefault(root, tuple(taken))
-                if size != 1:
-                    break
-
-    def entries(self, dims: Dims) -> Entries:
-        """Mesh axes per dim; each mesh axis once."""
-        used: set[str] = set()
-        found = []
-        for dim in dims:
-            mine: list[str] = []
-            for root in self.roots(dim):
-                mine += [a for a in self.axes.get(root, ()) if a not in used]
-                used.update(mine)
-                if (
-                    math.prod(self.sizes[a] for a in self.axes.get(root, ()))
-                    != (self.graph.atoms.size[root])
-                ):
-                    break
-            found.append(tuple(mine))
-        return tuple(found)
-
-    def key(self, dims: Dims) -> Key:
-        """The classes of all dims."""
-        return tuple(self.roots(d) for d in dims)
-
-    def is_batch(self, dims: Dims) -> bool:
-        """Whether there is one row, or more, per example."""
-        return any(r in self.batch for d in dims for r in self.roots(d))
-
-    def is_stream(self, eqn: jex.JaxprEqn, dims: Dims, axis: str) -> bool:
-        """A sum over `axis` of `[batch, sequence, ..., width]`, itself not sharded over it."""
-        name = eqn.primitive.name
-        made = name == "dot_general" or (name == "gather" and not self.reads_data(eqn))
-        made = made and len(dims) > 2
-        return (
-            made
-            and self.sums_over(eqn, axis)
-            and self.is_batch(dims)
-            and not any(axis in e for e in self.entries(dims))
-        )
-
-    def reads_data(self, eqn: jex.JaxprEqn) -> bool:
-        """Whether the first operand depends on the batch."""
-        return id(eqn) in self.of_data
-
-    def place(self, kind: str, number: int, dims: Dims, axis: str) -> Place:
-        """A constraint with the sequence split, which must divide."""
-        stream = self.split(dims, axis)
-        assert stream is not None
-        return Place(kind, number, stream, self.entries(dims))
-
-    def split(self, dims: Dims, axis: str) -> Entries | None:
-        """Mesh axes with `axis` on the sequence: the first dim that is not the batch, nor the last.
-
-        None where it does not divide.
-        """
-        whole = self.entries(dims)
-        for i, dim in enumerate(dims[:-1]):
-            roots = self.roots(dim)
-            if not roots or any(r in self.batch for r in roots):
-                continue
-            size = math.prod(self.graph.atoms.size[r] for r in roots)
-            axes = (*whole[i], axis)
-            if size % math.prod(self.sizes[a] for a in axes):
-                return None
-            return (*whole[:i], axes, *whole[i + 1 :])
-        return None
-
-    def sums_over(self, eqn: jex.JaxprEqn, axis: str) -> bool:
-        """Whether each device along `axis` has only a part of this result's sum."""
-        if axis not in self.partials:
-            self.partials[axis] = {
-                id(p.eqn)
-                for p in self.graph.partials
-                for term in p.terms
-                if any(axis in self.axes.get(r, ()) for r in self.roots(term))
-            }
-        return id(eqn) in self.partials[axis]
-
-
-class _RecordingWalk(Walk):
-    """A walk that remembers the dims at each equation."""
-
-    def __init__(self, graph: DimGraph, inputs: Sequence[Dims]) -> None:
-        super().__init__(graph, inputs)
-        self.equations: list[tuple[jex.JaxprEqn, list[Dims], list[Dims], str]] = []
-        self.of_data: set[int] = set()
-
-    def _equation(self, eqn: Any, args: list[Traced], outer: str, times: float) -> list[Traced]:
-        outs = super()._equation(eqn, args, outer, times)
-        self.equations.append((eqn, [a.dims for a in args], [o.dims for o in outs], outer))
-        if args and args[0].data:
-            self.of_data.add(id(eqn))
-        return outs

@@ -6,14 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardtrain.partitioning.activations import (
-    Entries,
-    Known,
-    Stream,
-    find_lookups,
-    find_stream,
-    stream_edits,
-)
+from shardtrain.partitioning.activations import Stream, find_lookups, find_stream, stream_edits
+from shardtrain.partitioning.dims_inside import Entries, Known
 from shardtrain.partitioning.edit import rewrite
 from shardtrain.partitioning.rules import as_axes
 from shardtrain.plan.layout import Layout

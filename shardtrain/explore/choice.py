@@ -126,3 +126,10 @@ def nearest_of(pruned: list[Pruned]) -> Pruned:
     """The one that lacks the least memory, or the first where memory is not the problem."""
     short = [one for one in pruned if one.shortfall]
     return min(short, key=lambda one: one.shortfall) if short else pruned[0]
+
+
+def seconds_text(seconds: float) -> str:
+    """`6.72 s`, `48.1 ms`."""
+    if seconds >= 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.2f} s" if seconds >= 0.5 else f"{1e3 * seconds:.3g} ms"

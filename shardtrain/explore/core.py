@@ -7,7 +7,8 @@ from typing import Any
 
 from shardtrain.errors import ShardtrainError, StrategyError, suggest
 from shardtrain.explore.choice import Choice
-from shardtrain.explore.exploration import RANKS, Exploration, rank_choices
+from shardtrain.explore.exploration import Exploration
+from shardtrain.explore.ranking import RANKS, rank_choices
 from shardtrain.explore.subject import Subject, catalogue_subject, module_subject
 from shardtrain.hardware import Hardware
 from shardtrain.hardware import hardware as find_hardware

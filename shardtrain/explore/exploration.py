@@ -2,15 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardtrain.errors import StrategyError
-from shardtrain.explore.choice import Choice, axes_text, details_text, kind_of, nearest_of
+from shardtrain.explore.choice import Choice, axes_text, details_text, seconds_text
 from shardtrain.explore.compiled import CompiledChoice, compile_choices
+from shardtrain.explore.ranking import MODEL_ERROR, RANKS, families, why
 from shardtrain.explore.subject import Subject
 from shardtrain.plan import Plan
 from shardtrain.planner.search import Layouts, Pruned
@@ -19,16 +19,6 @@ from shardtrain.tables import Table
 
 if TYPE_CHECKING:
     from shardtrain.viz.figure import Picture
-
-MODEL_ERROR = 0.05
-"""Layouts of one model on one machine whose times differ by less are ties: most errors of the time
-model are shared between them, what is left is about this much."""
-
-RANKS: dict[str, Callable[[Choice], tuple[float, ...]]] = {
-    "time": lambda one: (one.step_time, one.memory_bytes),
-    "memory": lambda one: (one.memory_bytes, one.step_time),
-    "cost": lambda one: (one.cost, one.step_time),
-}
 
 
 @dataclass(frozen=True)
@@ -98,24 +88,7 @@ class Exploration:
         Families that fit come first, best first; on several machines "h100:8x8: FSDP + tensor",
         the best of each machine before the others.
         """
-        several = len(self.searches) > 1
-        name = lambda machine, kind: f"{machine}: {kind}" if several else kind
-        found: dict[str, Choice | Pruned] = {}
-        if several:
-            leaders = {str(one.hardware): one for one in reversed(self.ranked)}
-            for one in rank_choices(list(leaders.values()), self.rank):
-                found[name(one.hardware, one.kind)] = one
-        for one in self.ranked:
-            found.setdefault(name(one.hardware, one.kind), one)
-        lost: dict[str, list[Pruned]] = {}
-        for search in self.searches:
-            for one in search.pruned:
-                lost.setdefault(name(search.hardware, kind_of(one.strategy)), []).append(one)
-        for one in self.rejected if not several else ():
-            lost.setdefault(kind_of(one.strategy), []).append(one)
-        for kind, group in lost.items():
-            found.setdefault(kind, nearest_of(group))
-        return found
+        return families(self.ranked, self.searches, self.rejected, self.rank)
 
     def why(self, strategy: Strategy | str) -> str:
         """Why a layout won, lost, or cannot run.
@@ -131,21 +104,7 @@ class Exploration:
             >>> st.explore("llama3-8b", hardware="h100:1x8", global_batch=64).why("tensor=8,data=1")
             '...% slower: ...'
         """
-        text = str(strategy)
-        asked = Strategy.parse(text)
-        names = [part.partition("=")[0].strip() for part in text.split(",") if part]
-        wanted = {name: getattr(asked, name) for name in names}
-        for one in self.ranked:
-            if all(getattr(one.strategy, name) == value for name, value in wanted.items()):
-                return one.reason
-        lost = [
-            one for one in self.pruned
-            if all(one.strategy.get(name, getattr(Strategy(), name)) == value
-                   for name, value in wanted.items())
-        ]  # fmt: skip
-        if lost:
-            return nearest_of(lost).reason
-        raise StrategyError(f"no layout with {text} was looked at; limit the search to it by name")
+        return why(str(strategy), self.ranked, self.pruned)
 
     def table(self, rows: int = 12, compact: bool = False) -> Table:
         """The best layout of each family, with the reason it won, lost or cannot run.
@@ -315,15 +274,3 @@ def _cells(one: Choice) -> tuple[str, ...]:
     layout = f"{axes_text(fields)}; {details_text(fields)}"
     return layout, seconds_text(one.step_time), f"{one.mfu:.1%}", \
         f"{one.memory_bytes / 1e9:.1f}", f"{one.cost:,.3g}"  # fmt: skip
-
-
-def seconds_text(seconds: float) -> str:
-    """`6.72 s`, `48.1 ms`."""
-    if seconds >= 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds:.2f} s" if seconds >= 0.5 else f"{1e3 * seconds:.3g} ms"
-
-
-def rank_choices(choices: Sequence[Choice], rank: str) -> tuple[Choice, ...]:
-    """Best first by "time", "memory" or "cost"."""
-    return tuple(sorted(choices, key=RANKS[rank]))

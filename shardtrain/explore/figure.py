@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardtrain.explore.choice import Choice, axes_text
-from shardtrain.explore.exploration import Exploration, seconds_text
+from shardtrain.explore.choice import Choice, axes_text, seconds_text
+from shardtrain.explore.exploration import Exploration
 from shardtrain.explore.scatter import SPLITS, pareto, split_of, thinned
 from shardtrain.explore.style import GROUPS
 from shardtrain.planner.wire import axis_bytes

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from shardtrain.errors import ShardtrainError
-from shardtrain.explore.exploration import seconds_text
+from shardtrain.explore.choice import seconds_text
 from shardtrain.monitoring.callbacks import Callback, RunInfo
 from shardtrain.plan import Plan
 from shardtrain.plan.report import local_hardware

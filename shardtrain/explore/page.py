@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 from shardtrain.explore.bars import Row, bars, key
-from shardtrain.explore.choice import Choice, axes_text, details_text
-from shardtrain.explore.exploration import MODEL_ERROR, Exploration, seconds_text
+from shardtrain.explore.choice import Choice, axes_text, details_text, seconds_text
+from shardtrain.explore.exploration import Exploration
 from shardtrain.explore.gantt import gantt_key, gantt_svg, shown_schedule
 from shardtrain.explore.mesh_svg import MOST_CHIPS, mesh_svg
+from shardtrain.explore.ranking import MODEL_ERROR
 from shardtrain.explore.scatter import SLOWEST, SPLITS, scatter_svg, split_of
 from shardtrain.explore.style import COLOURS, CSS, GROUPS, TERM_WORDS
 from shardtrain.planner.search import Pruned

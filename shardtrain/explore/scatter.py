@@ -4,8 +4,8 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from shardtrain.explore.choice import Choice, axes_text, details_text
-from shardtrain.explore.exploration import Exploration, seconds_text
+from shardtrain.explore.choice import Choice, axes_text, details_text, seconds_text
+from shardtrain.explore.exploration import Exploration
 from shardtrain.explore.style import COLOURS
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 600, 400, 58, 14, 14, 46

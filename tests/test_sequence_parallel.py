@@ -88,3 +88,12 @@ def test_gradients_of_looked_up_rows_stay_where_they_are(devices):
     # Nothing annotated here: the table's rows are over tensor, its columns over fsdp.
     plan = st.plan(lambda rngs: Llama(rngs=rngs), loss, optax.sgd(0.1), batch, "fsdp=4,tensor=2")
     assert {c.kind for c in plan.collectives()} == {"all-gather", "all-reduce"}
+
+
+def test_rows_stay_apart_where_gradients_are_reduced_once(devices):
+    """Each replica has two rows per microbatch, one on each `fsdp` device: none is gathered."""
+    plan = plan_of("data=2,fsdp=2,tensor=2,num_microbatches=4,sequence_parallel=True")
+    gathered = [c for c in plan.collectives() if c.kind == "all-gather" and "fsdp" in c.axes]
+    stream = 2 * LENGTH * CONFIG.embed_dim * 4
+    assert gathered
+    assert not [c for c in gathered if not c.parameter and c.bytes >= stream]

@@ -42,7 +42,7 @@ def constrain_stream(
         spec = [tuple(a for a in dim if a not in local_axes) or None for dim in entries]
         return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec(*spec)))
 
-    known = _known(layout)
+    known = _known(layout, local_axes)
     return rewrite(loss, lambda program: stream_edits(find(program, known), constrain))
 
 
@@ -59,7 +59,7 @@ def stream_findings(loss: LossFn, layout: Layout) -> tuple[str, ...]:
     state = layout.state
     plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     arguments = plain((state.params, state.variables, layout.batch, state.rng))
-    stream = find_stream(jax.make_jaxpr(loss)(*arguments), _known(layout))
+    stream = find_stream(jax.make_jaxpr(loss)(*arguments), _known(layout, ()))
     return _missing(stream, tensor)
 
 
@@ -77,8 +77,9 @@ def _missing(stream: Stream, tensor: int) -> tuple[str, ...]:
     return ()
 
 
-def _known(layout: Layout) -> Known:
-    entries = lambda spec: tuple(as_axes(e) for e in spec)
+def _known(layout: Layout, local_axes: tuple[str, ...]) -> Known:
+    """The layout of the loss's arguments; the caller's rows are already split over `local_axes`."""
+    entries = lambda spec: tuple(tuple(a for a in as_axes(e) if a not in local_axes) for e in spec)
     specs: Any = jax.tree.leaves(
         layout.compute_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )

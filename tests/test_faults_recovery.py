@@ -5,6 +5,7 @@ import pathlib
 import random
 import sys
 
+import jax
 import pytest
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(280)]
@@ -36,7 +37,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(RUNS)))
-def test_runs_recover_bit_for_bit(faults, folder, number):
+def test_runs_recover_bit_for_bit(faults, folder, number, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     names = RUNS[number]
     steps = faults.num_steps(len(names))
     record = faults.one_run(folder, number, names, random.Random(number), steps)

@@ -89,6 +89,7 @@ def test_families_have_one_row_each_and_the_best_is_first(found):
     assert found.table(rows=5).rows[0][0] == "*"
     assert len(found.table(rows=5).rows) == 5
     assert len(found.table(compact=True).columns) == 5
+    assert found.table(compact=True).rows[0][1].startswith(f"{found.best.kind}: ")
 
 
 def test_kind_words():

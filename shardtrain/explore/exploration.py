@@ -125,7 +125,8 @@ class Exploration:
         if compact:
             keep = (0, 2, 3, 5, 7)
             columns = tuple(columns[n] for n in keep)
-            lines = [tuple(line[n] for n in keep) for line in lines]
+            named = [(*line[:2], f"{line[1]}: {line[2]}", *line[3:]) for line in lines]
+            lines = [tuple(line[n] for n in keep) for line in named]
         return Table(self.title, columns, tuple(lines), self.notes(rows))
 
     def reason(self, one: Choice) -> str:

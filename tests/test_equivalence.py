@@ -41,6 +41,8 @@ FITTING = (
     ("resnet", "data=4,tensor=2"),
     ("llama-targets", "data=2,context=2,tensor=2,sequence_parallel=True,remat=full"),
     ("llama-targets", "data=4,pipeline=2,num_microbatches=2"),
+    ("llama-targets", "data=2,context=2,pipeline=2,num_microbatches=2"),
+    ("scan-linen-targets", "fsdp=2,tensor=2,pipeline=2,num_microbatches=2,precision=bf16"),
     ("gpt-targets", "data=4,tensor=2,sequence_parallel=True"),
     ("gpt-targets", "data=2,fsdp=2,context=2"),
     ("moe-targets", "fsdp=2,tensor=4,sequence_parallel=True,num_microbatches=2"),

@@ -68,7 +68,6 @@ def test_a_worker_is_killed_another_joins_and_every_step_counts_once():
     assert max(u.staleness for u in result.updates) <= 2 * bound
     workers = [u.worker for u in result.updates]
     assert workers[-1] == joined
-    assert set(workers[:4]) <= {0, 1}
     start = async_job.init(jax.random.key(0))
     mean = np.mean([async_job.batch(t)["x"].mean(axis=0) for t in range(steps)], axis=0)
     moved = 0.01 * steps * mean

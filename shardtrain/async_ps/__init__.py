@@ -17,15 +17,9 @@ import jax
 import numpy as np
 
 from shardtrain.async_ps.clock import Clock, Update
-from shardtrain.async_ps.processes import (
-    AsyncJob,
-    connect,
-    plan_of,
-    run_server,
-    run_worker,
-    serve,
-)
-from shardtrain.async_ps.server import divide
+from shardtrain.async_ps.server import divide, run_server
+from shardtrain.async_ps.wire import connect, serve
+from shardtrain.async_ps.worker import AsyncJob, plan_of, run_worker
 from shardtrain.errors import DistributedError, StrategyError
 from shardtrain.pytree import leaves_by_path
 
@@ -85,8 +79,9 @@ def async_ps(
     ):
         if value < least:
             raise StrategyError(f"async_ps({name}={value}) is not a whole number >= {least}")
-    run = AsyncRun(make_job, num_steps, num_servers, max_staleness)
+    run = AsyncRun(make_job, num_steps, max_staleness)
     try:
+        run.start_servers(num_servers)
         for n in range(num_workers):
             run.add_worker(delays[n] if n < len(delays) else 0.0)
     except BaseException:
@@ -102,7 +97,6 @@ class AsyncRun:
         self,
         make_job: Callable[[], AsyncJob],
         num_steps: int,
-        num_servers: int,
         max_staleness: int,
     ):
         self._make_job, self._num_steps = make_job, num_steps
@@ -113,14 +107,17 @@ class AsyncRun:
         self._clock = Clock(num_steps, max_staleness)
         server, self._clock_address = serve("clock", self._clock, self._key)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        job = make_job()
-        plan = plan_of(job)
-        tree = plan.init(job.seed).params
+        self._servers: list[tuple[tuple[str, int], list[str]]] = []
+
+    def start_servers(self, count: int) -> None:
+        """The servers, with the first parameters divided among them."""
+        job = self._make_job()
+        tree = plan_of(job).init(job.seed).params
         params = {path: np.asarray(x) for path, x in leaves_by_path(tree).items()}
         self._structure, self._order = jax.tree.structure(tree), list(params)
-        self._servers = []
-        for owned in divide(params, num_servers):
-            self._servers.append((self._start_server({p: params[p] for p in owned}), owned))
+        owned = divide(params, count)
+        started = [self._start_server({p: params[p] for p in paths}) for paths in owned]
+        self._servers = [(_address(*s), paths) for s, paths in zip(started, owned, strict=True)]
 
     def add_worker(self, delay: float = 0.0) -> int:
         """A further worker, also in the middle of the run; its number."""
@@ -171,17 +168,11 @@ class AsyncRun:
         for process in self._processes:
             process.join()
 
-    def _start_server(self, params: Any) -> tuple[str, int]:
+    def _start_server(self, params: Any) -> tuple[Any, Any]:
         ready, theirs = self._context.Pipe(duplex=False)
         process = self._start(run_server, (self._make_job, params, self._key, theirs))
         theirs.close()
-        try:
-            return ready.recv()
-        except EOFError as error:
-            raise DistributedError(
-                f"async_ps: a server ended with exit code {process.exitcode} before it was ready; "
-                "its output above says why"
-            ) from error
+        return process, ready
 
     def _start(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
         process = self._context.Process(target=target, args=arguments, daemon=True)
@@ -192,6 +183,18 @@ class AsyncRun:
     def _watch(self, worker: int, process: Any) -> None:
         process.join()
         self._clock.lost(worker)
+
+
+def _address(process: Any, ready: Any) -> tuple[str, int]:
+    """Where a server listens, once it does."""
+    try:
+        return ready.recv()
+    except EOFError as error:
+        process.join()
+        raise DistributedError(
+            f"async_ps: a server ended with exit code {process.exitcode} before it was ready; "
+            "its output above says why"
+        ) from error
 
 
 __all__ = ["AsyncJob", "AsyncResult", "AsyncRun", "Update", "async_ps"]

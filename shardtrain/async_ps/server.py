@@ -1,11 +1,14 @@
 """A parameter server: owns some of the arrays, applies each step's gradient to them once."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+
+from shardtrain.async_ps.wire import serve
 
 Arrays = dict[str, np.ndarray]
 
@@ -75,3 +78,10 @@ def divide(params: Arrays, count: int) -> list[list[str]]:
         owned[least].append(path)
         held[least] += params[path].size
     return owned
+
+
+def run_server(make_job: Callable[[], Any], params: Arrays, key: bytes, ready: Any) -> None:
+    """A server process: says where it listens, then serves until it is ended."""
+    server, address = serve("shard", Shard(params, make_job().optimizer), key)
+    ready.send(address)
+    server.serve_forever()

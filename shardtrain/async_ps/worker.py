@@ -1,26 +1,20 @@
-"""What runs in the processes: servers, workers, and how they find each other.
-
-Calls between processes go through `multiprocessing.managers`: a thread per connection, and a key
-that only this run's processes know.
-"""
+"""What a run trains, and what its workers do."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.managers import BaseManager
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from shardtrain.async_ps.server import Arrays, Shard
+from shardtrain.async_ps.server import Arrays
+from shardtrain.async_ps.wire import Address, connect
 from shardtrain.errors import ModelError
 from shardtrain.plan import Plan
 from shardtrain.plan import plan as make_plan
 from shardtrain.pytree import leaves_by_path
-
-Address = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -42,29 +36,6 @@ class AsyncJob:
     seed: int = 0
 
 
-class Directory(BaseManager):
-    """Serves one object of this process to the others."""
-
-
-def serve(name: str, served: Any, key: bytes) -> tuple[Any, Address]:
-    """A server for one object, not yet running, and where it listens."""
-
-    class Serving(BaseManager):
-        pass
-
-    Serving.register(name, callable=lambda: served)
-    server: Any = Serving(address=("127.0.0.1", 0), authkey=key).get_server()
-    return server, server.address
-
-
-def connect(name: str, address: Address, key: bytes) -> Any:
-    """The object that another process serves; its methods are calls over the connection."""
-    Directory.register(name)
-    directory = Directory(address=address, authkey=key)
-    directory.connect()
-    return getattr(directory, name)()
-
-
 def plan_of(job: AsyncJob) -> Plan:
     """One device's plan of the job.
 
@@ -81,13 +52,6 @@ def plan_of(job: AsyncJob) -> Plan:
             "owns them. Use Strategy(sync=...), whose replicas agree on them"
         )
     return plan
-
-
-def run_server(make_job: Callable[[], AsyncJob], params: Arrays, key: bytes, ready: Any) -> None:
-    """A server process: says where it listens, then serves until it is ended."""
-    server, address = serve("shard", Shard(params, make_job().optimizer), key)
-    ready.send(address)
-    server.serve_forever()
 
 
 def run_worker(

@@ -2,16 +2,15 @@
 
 The step is exported here (`jax.export`, over the devices of an abstract mesh), handed to a child
 with the right number of CPU devices or with the TPU or GPU compiler, compiled and read there. A
-compiler that aborts, or that holds a lock, does so in the child. Parent and child are the same
-Python and the same versions, so what they exchange is pickled, in a directory only this user can
-read.
+compiler that aborts, or that holds a lock, does so in the child. They exchange files: the exported
+program in JAX's own format, and JSON.
 """
 
 import dataclasses
 import inspect
+import json
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -29,8 +28,10 @@ from jax.sharding import AxisType, Mesh
 from shardtrain.errors import HardwareError, OutOfMemoryError
 from shardtrain.hardware import Hardware, hardware
 from shardtrain.mesh.build import device_grid
+from shardtrain.planner.collective import Collective
 from shardtrain.planner.compiled import Compiled, compile_lowered
 from shardtrain.planner.targets import compiler_for, target_devices
+from shardtrain.planner.temporaries import Buffer
 
 _CUSTOM_CALL = re.compile(r'custom_call\s*@"?([\w.$\-]+)|call_target_name = "([^"]+)"')
 
@@ -40,7 +41,7 @@ class Request:
     """What the child is given.
 
     Attributes:
-        exported: the step over flat leaves, without the functions pickle cannot carry.
+        exported: the step over flat leaves.
         names: path of each leaf.
         donated: whether each leaf's memory may be reused.
         axes: (mesh axis, size) pairs.
@@ -129,7 +130,7 @@ def compile_elsewhere(
     platform, _ = compiler_for(asked)
     exported = export_step(function, args, "cuda" if platform == "gpu" else platform)
     request = Request(
-        exported=dataclasses.replace(exported, _get_vjp=None),
+        exported=exported,
         names=names,
         donated=tuple(leaf.donated for leaf in info),
         axes=tuple(axes.items()),
@@ -137,9 +138,9 @@ def compile_elsewhere(
         hardware=str(asked),
     )
     with tempfile.TemporaryDirectory(prefix="shardtrain-compile-") as directory:
-        Path(directory, "request").write_bytes(pickle.dumps(request))
+        write_request(Path(directory), request)
         _run_child(directory, asked, timeout)
-        result = pickle.loads(Path(directory, "result").read_bytes())
+        result = read_result(Path(directory))
     return named_arguments(result, request)
 
 
@@ -210,10 +211,44 @@ def compile_request(request: Request) -> Compiled:
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
+def write_request(directory: Path, request: Request) -> None:
+    """Put a request into two files."""
+    plain = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+    exported = plain.pop("exported")
+    (directory / "program").write_bytes(exported.serialize())
+    (directory / "request.json").write_text(json.dumps(plain))
+
+
+def read_request(directory: Path) -> Request:
+    """The inverse of `write_request`."""
+    plain: dict[str, Any] = json.loads((directory / "request.json").read_text())
+    for name in ("axes", "dcn"):
+        plain[name] = tuple((axis, size) for axis, size in plain[name])
+    plain |= {name: tuple(plain[name]) for name in ("names", "donated")}
+    program = jax.export.deserialize(bytearray((directory / "program").read_bytes()))
+    return Request(exported=program, **plain)
+
+
+def write_result(directory: Path, result: Compiled) -> None:
+    """What was compiled, as JSON."""
+    (directory / "result.json").write_text(json.dumps(dataclasses.asdict(result)))
+
+
+def read_result(directory: Path) -> Compiled:
+    """The inverse of `write_result`."""
+    plain: dict[str, Any] = json.loads((directory / "result.json").read_text())
+    for row in plain["collectives"]:
+        row |= {"axes": tuple(row["axes"]), "within": tuple(row["within"])}
+    plain["collectives"] = tuple(Collective(**row) for row in plain["collectives"])
+    plain["temporaries"] = tuple(Buffer(**buffer) for buffer in plain["temporaries"])
+    plain["arguments"] = tuple((name, size) for name, size in plain["arguments"])
+    plain["uncounted"] = tuple(plain["uncounted"])
+    return Compiled(**plain)
+
+
 def main(directory: str) -> None:
-    """Entry of the child: read `request`, write `result`."""
-    request = pickle.loads(Path(directory, "request").read_bytes())
-    Path(directory, "result").write_bytes(pickle.dumps(compile_request(request)))
+    """Entry of the child: read the request, write the result."""
+    write_result(Path(directory), compile_request(read_request(Path(directory))))
 
 
 if __name__ == "__main__":

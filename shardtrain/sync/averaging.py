@@ -20,7 +20,13 @@ from shardtrain.pytree import leaves_by_path, map_with_path
 from shardtrain.sync.algorithm import Algorithm, Job
 from shardtrain.sync.exchange import Exchange, make_exchange
 from shardtrain.sync.gradients import agreed_variables, same_keys
-from shardtrain.sync.local import copies_specs, first_copies, local_metrics, make_local_step
+from shardtrain.sync.local import (
+    copies_specs,
+    first_copies,
+    local_metrics,
+    make_local_step,
+    once_known,
+)
 from shardtrain.sync.replicas import AXIS, Replicas, ReplicaState, broadcast
 from shardtrain.train import GradFn, Step, TrainState, step_metrics
 
@@ -94,7 +100,7 @@ def averaging(sync: LocalSGD | DiLoCo, compression: Any, job: Job) -> Algorithm:
             for number, fragment in enumerate(fragments):
                 agree = lambda s, n=number, f=fragment: _agree(sync, job, outer, s, f, n)
                 due = done % sync.sync_every == fragment.turn
-                new = _now_or_not(due, agree, new)
+                new = _now_or_not(once_known(due, (output, metrics)), agree, new)
             return new, step_metrics(output) | metrics
 
         return step

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from shardtrain.algorithms import Gossip
 from shardtrain.sync.algorithm import Algorithm, Job
 from shardtrain.sync.averaging import agree_on_variables
-from shardtrain.sync.local import copies_specs, first_copies, local_metrics, make_local_step
+from shardtrain.sync.local import (
+    copies_specs,
+    first_copies,
+    local_metrics,
+    make_local_step,
+    once_known,
+)
 from shardtrain.sync.replicas import AXIS, Replicas, ReplicaState
 from shardtrain.train import GradFn, Step, TrainState, step_metrics
 
@@ -41,9 +47,8 @@ def gossip(sync: Gossip, job: Job) -> Algorithm:
                 with jax.named_scope(f"every_{sync.sync_every}_steps"):
                     return mix_neighbours(params, job.replicas)
 
-            params = jax.lax.cond(
-                done % sync.sync_every == 0, mix, lambda p: p, found.copies["params"]
-            )
+            due = once_known(done % sync.sync_every == 0, (output, metrics))
+            params = jax.lax.cond(due, mix, lambda p: p, found.copies["params"])
             new = state.replace(
                 step=done,
                 skipped=state.skipped + metrics["skipped"],

@@ -138,3 +138,14 @@ def local_metrics(found: LocalStep) -> tuple[LossOutput, dict[str, jax.Array]]:
     bad = jnp.any(~found.taken & (found.output.loss.weight > 0)) | (output.loss.weight == 0)
     norm = jnp.sqrt(jnp.sum(squares) / jnp.maximum(jnp.sum(found.taken), 1))
     return output, {"grad_norm": norm, "skipped": bad.astype(jnp.int32)}
+
+
+def once_known(due: jax.Array, values: Any) -> jax.Array:
+    """`due`, but not before these scalars are there: one collective after the other.
+
+    XLA on CPU runs the branch of a conditional beside independent operations. Devices that first
+    met the branch's collective would then wait for ever for those that first met another. An
+    optimization barrier is gone when the program is scheduled; a predicate that needs them is not.
+    """
+    total = sum((x.astype(jnp.float32) for x in jax.tree.leaves(values)), jnp.float32(0))
+    return due & (total != jnp.float32(-1.7e38))

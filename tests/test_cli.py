@@ -99,7 +99,7 @@ def test_unknown_option_suggests_the_nearest(capsys):
         (["--data", "no/such/file.txt"], "no such file or directory: no/such/file.txt"),
         (["--steps", "0"], "--steps 0: give at least 1"),
         (["--lr", "-1"], "--lr above 0"),
-        (["--batch", "6"], "Nearest batch sizes that work: 4 or 8"),
+        (["--batch", "7"], "Nearest batch sizes that work: 6 or 8"),
     ],
 )
 def test_bad_input_is_one_message_and_code_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -206,6 +206,10 @@ def test_problem_file_that_is_not_there(capsys):
 
 def test_default_strategies():
     assert str(default_strategy(True, 8)) == "data=2,fsdp=2,tensor=2"
+    assert str(default_strategy(True, 8, batch=16)) == (
+        "data=2,pipeline=2,tensor=2,num_microbatches=4"
+    )
+    assert default_strategy(True, 8, batch=12).num_microbatches == 2
     assert str(default_strategy(True, 4)) == "fsdp=-1"
     assert str(default_strategy(False, 4)) == "fsdp=-1,precision=bf16"
 
@@ -297,9 +301,10 @@ def test_train_resume_other_model_and_fresh(text, tmp_path, capsys):
     assert main([*command, "--steps", "6", "--tensorboard"]) == 0
     shown, _ = said(capsys)
     assert "8 virtual CPU devices" in shown
-    assert "global batch 8 = data 2 x fsdp 2 x microbatches 1 x 2 rows; 256 tokens" in shown
-    assert "data 1 fsdp 0         4         5" in shown
-    assert re.search(r"blocks/\*/mlp/gate/kernel +64x160 x2 +fsdp, tensor +20.0 KiB", shown)
+    assert "global batch 8 = data 2 x fsdp 1 x microbatches 4 x 1 rows; 256 tokens" in shown
+    assert "data 1 pipeline 0         4         5" in shown
+    assert "stage 0: layer 0; stage 1: layer 1" in shown
+    assert re.search(r"2x1x1x64x160 +pipeline, -, -, -, tensor +20.0 KiB", shown)
     assert "Trained 6 steps (1.5k tokens)" in shown.replace("\n", " ")
 
     assert main(["inspect", str(out)]) == 0

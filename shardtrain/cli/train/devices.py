@@ -14,6 +14,8 @@ from shardtrain.strategy import Strategy
 
 VIRTUAL_DEVICES = 8
 VIRTUAL_STRATEGY = "data=2,fsdp=2,tensor=2"
+TRAINING_STRATEGY = "data=2,tensor=2,pipeline=2"  # our decoder has layers to split
+MICROBATCHES = (4, 2, 1)
 ACCELERATOR_STRATEGY = "fsdp=-1,precision=bf16"
 MAX_GRAD_NORM = 1.0
 
@@ -33,12 +35,15 @@ class Devices:
     is_virtual: bool
 
 
-def choose_devices(strategy_text: str | None, num_virtual: int | None) -> Devices:
+def choose_devices(
+    strategy_text: str | None, num_virtual: int | None, batch: int | None = None
+) -> Devices:
     """Join the other processes if there are any; use accelerators, or make virtual CPU devices.
 
     Args:
       strategy_text: The user's strategy, or None.
       num_virtual: Virtual devices the user asked for, or None.
+      batch: Sequences per step of our own decoder; None: any model, which may have no layers.
 
     Raises:
       StrategyError: The string cannot be read, or virtual devices are asked for beside real ones.
@@ -57,16 +62,20 @@ def choose_devices(strategy_text: str | None, num_virtual: int | None) -> Device
         wanted = num_virtual or _asked_for(asked)
         if len(found) != wanted:
             found = simulate(wanted, reset=True)
-    strategy = asked or default_strategy(is_virtual, len(found))
+    strategy = asked or default_strategy(is_virtual, len(found), batch)
     if strategy.max_grad_norm is None:
         strategy = strategy.replace(max_grad_norm=MAX_GRAD_NORM)
     return Devices(strategy, _describe(found, is_virtual), is_virtual)
 
 
-def default_strategy(is_virtual: bool, num_devices: int) -> Strategy:
+def default_strategy(is_virtual: bool, num_devices: int, batch: int | None = None) -> Strategy:
     """Three axes on eight virtual devices, to see them; fully sharded data parallel elsewhere."""
     if is_virtual and num_devices == VIRTUAL_DEVICES:
-        return Strategy.parse(VIRTUAL_STRATEGY)
+        if batch is None:
+            return Strategy.parse(VIRTUAL_STRATEGY)
+        strategy = Strategy.parse(TRAINING_STRATEGY)
+        count = next((n for n in MICROBATCHES if batch % (n * strategy.data) == 0), 1)
+        return strategy.replace(num_microbatches=count)
     return Strategy.parse("fsdp=-1" if is_virtual else ACCELERATOR_STRATEGY)
 
 

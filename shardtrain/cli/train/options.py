@@ -31,7 +31,8 @@ class TrainOptions:
       tokenizer: A Hugging Face tokenizer.json. Default: one token per byte.
       model: tiny (0.1M parameters), small (2.9M), medium (23M) or large (187M).
       strategy: How to split the work, e.g. data=2,tensor=4,precision=bf16. Default:
-        data=2,fsdp=2,tensor=2 on virtual devices, fsdp=-1,precision=bf16 on accelerators.
+        data=2,tensor=2,pipeline=2,num_microbatches=4 on virtual devices, fsdp=-1,precision=bf16 on
+        accelerators.
       devices: Virtual CPU devices where there is no accelerator. Default: as many as the strategy
         asks for, or 8.
       steps: Optimizer steps in all, those of earlier sessions included.
@@ -54,7 +55,7 @@ class TrainOptions:
     model: Annotated[str, arg(metavar="NAME")] = "small"
     strategy: Annotated[str | None, plain("STRING")] = None
     devices: Annotated[int | None, plain("N")] = None
-    steps: Annotated[int, arg(metavar="N")] = 160
+    steps: Annotated[int, arg(metavar="N")] = 120
     batch: Annotated[int, arg(metavar="N")] = 16
     sequence: Annotated[int, arg(metavar="N")] = 128
     lr: Annotated[float | None, plain("RATE")] = None

@@ -42,7 +42,7 @@ def run(options: TrainOptions) -> int:
     """Train, evaluate, save, sample; the exit code."""
     _check(options)
     console = Console(highlight=False)
-    devices = choose_devices(options.strategy, options.devices)
+    devices = choose_devices(options.strategy, options.devices, options.batch)
     is_main = jax.process_index() == 0
     console.quiet = not is_main
     cache = use_compile_cache()

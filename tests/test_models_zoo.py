@@ -72,6 +72,14 @@ def test_experts_are_split_over_their_axis_and_match_one_device():
     assert tuple(layout["blocks/0/moe/down"].full) == ("expert", "tensor")
 
 
+def test_experts_inside_the_stages_of_a_pipeline_match_one_device():
+    model = lambda rngs: MoEDecoder(MOE, rngs=rngs)
+    strategy = st.Strategy(data=2, expert=2, pipeline=2, num_microbatches=2, allow_replicated="**")
+    plan = st.plan(model, moe_loss, optax.sgd(0.1), tokens_batch(), strategy)
+    assert any(c.kind == "all-to-all" and c.axes == ("expert",) for c in plan.collectives())
+    st.verify(plan, num_steps=1).raise_if_failed()
+
+
 def test_vit_on_a_mesh_matches_one_device():
     compare(lambda rngs: ViT(VIT, rngs=rngs), image_loss, image_batch(), "data=2,fsdp=2,tensor=2")
 

@@ -156,7 +156,15 @@ def make_pipelined(
     replicas = math.prod(whole.sizes[a] for a in axes)
     rows = lambda x: jax.ShapeDtypeStruct((x.shape[0] // replicas, *x.shape[1:]), x.dtype)
     schedule = make_schedule(s.schedule, s.pipeline, s.num_microbatches, s.virtual_stages)
-    make = lambda fn: constrain_stream(plain(fn), whole, s, axes)
+    on_mesh = lambda fn: make_loss(
+        form,
+        dataclasses.replace(loss, fn=fn),
+        visible,
+        whole.mesh,
+        num_parts=s.num_microbatches,
+        local_axes=axes,
+    )
+    make = lambda fn: constrain_stream(on_mesh(fn), whole, s, axes)
     pipeline = make_pipeline(
         form, make, loss.fn, jax.tree.map(rows, whole.batch), schedule, s.rules.get("pipeline")
     )

@@ -55,7 +55,7 @@ class TrainOptions:
     model: Annotated[str, arg(metavar="NAME")] = "small"
     strategy: Annotated[str | None, plain("STRING")] = None
     devices: Annotated[int | None, plain("N")] = None
-    steps: Annotated[int, arg(metavar="N")] = 120
+    steps: Annotated[int, arg(metavar="N")] = 100
     batch: Annotated[int, arg(metavar="N")] = 16
     sequence: Annotated[int, arg(metavar="N")] = 128
     lr: Annotated[float | None, plain("RATE")] = None

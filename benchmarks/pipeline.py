@@ -232,6 +232,10 @@ def draw(rows: list[Row], path: str) -> None:
             label=name,
         )
     memory.set(xscale="log", yscale="log", xlabel="microbatches", ylabel="temp MiB per device")
+    counts = sorted({row.microbatches for row in rows})
+    memory.set_xticks(counts, counts)
+    memory.set_yticks([5, 10, 20, 50], [5, 10, 20, 50])
+    memory.minorticks_off()
     memory.legend(fontsize=7)
     timed = [row for row in rows if row.times and row.microbatches == rows[0].microbatches]
     base = next(row.seconds for row in timed if row.name == "no pipeline")

@@ -324,6 +324,15 @@ def test_train_resume_other_model_and_fresh(text, tmp_path, capsys):
     assert 5.3 < evals[0] < 6.0
     assert evals[6] < evals[0] - 1.0
 
+    # Pipeline, tensor and data parallel: the losses of data parallel alone.
+    plain = tmp_path / "plain"
+    options = ["--data", str(text), "--out", str(plain), "--steps", "6", "--strategy", "data=8"]
+    assert main([*TINY, *options]) == 0
+    lines = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
+    same = {r["step"]: r["loss"] for r in lines if r["kind"] == "eval"}
+    assert same == pytest.approx(evals, rel=1e-5)
+    said(capsys)
+
     assert main([*command, "--steps", "8", "--strategy", "data=8"]) == 0
     shown, _ = said(capsys)
     assert "resumed at step 6" in shown

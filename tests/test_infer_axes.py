@@ -170,9 +170,10 @@ def test_nothing_is_allocated_for_an_eight_billion_parameter_model():
         scan=True, ids=spec(4, 2048, dtype="int32"), d=4096, heads=32, kv_heads=8, hidden=14336,
         vocab=128256, layers=48,
     )  # fmt: skip
-    before = len(jax.live_arrays())
+    before = {id(x) for x in jax.live_arrays()}
     table = infer_axes(fn, params, *inputs)
-    assert len(jax.live_arrays()) == before
+    # Arrays of earlier tests may be collected meanwhile; none may come.
+    assert not [x.shape for x in jax.live_arrays() if id(x) not in before and x.nbytes > 1024]
     assert sum(row.bytes for row in table.rows) > 40e9
 
 

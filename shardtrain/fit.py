@@ -5,7 +5,6 @@ import contextlib
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from shardtrain.monitoring import (
     Preemption,
     Progress,
     Watchdog,
-    check_agreement,
     find_stragglers,
-    fingerprint,
     gather_step_times,
 )
 from shardtrain.monitoring.bad_steps import BadStep
@@ -34,7 +31,7 @@ from shardtrain.monitoring.console import ConsoleProgress
 from shardtrain.monitoring.guard import LossGuard
 from shardtrain.monitoring.metrics_log import MetricsLog
 from shardtrain.plan import Plan
-from shardtrain.recovery import LossWatch, SavedStates, skip_step
+from shardtrain.recovery import LossWatch, SavedStates, check_first_batch, check_run, skip_step
 from shardtrain.train import TrainState
 
 STRAGGLER_EVERY = 100
@@ -119,6 +116,7 @@ def fit(
       RestoreMismatch: `directory` belongs to another model. Nothing is overwritten.
       UnstableRunError: The loss stays bad although the run went back.
       ReplicaDivergenceError: Copies of an array differ; names the leaf and the devices.
+      DistributedError: The processes do not run the same program, or read different data.
 
     Example:
       >>> import flax.nnx as nnx, optax, shardtrain as st
@@ -136,8 +134,16 @@ def fit(
     if progress and is_main:
         listeners.append(ConsoleProgress())
     report = Progress.from_environment()
-    saved = SavedStates(path, plan, loader, max_to_keep, in_memory=snapshot_every is not None)
     report.phase("restore")
+    settings = {
+        "num_steps": num_steps, "seed": seed, "has a directory": path is not None,
+        "has a state": state is not None, "save_every": save_every, "max_to_keep": max_to_keep,
+        "eval_every": eval_every, "snapshot_every": snapshot_every, "guard": guard,
+        "check_replicas_every": check_replicas_every,
+        "eval data": None if eval_loader is None else eval_loader.describe(),
+    }  # fmt: skip
+    check_run(plan, loader, settings)
+    saved = SavedStates(path, plan, loader, max_to_keep, in_memory=snapshot_every is not None)
     state, resumed = saved.resume(lambda: plan.init(seed) if state is None else state)
     result = FitResult(state=state, directory=path)
     if path is not None and is_main:
@@ -161,7 +167,7 @@ def fit(
         Preemption() as stop,
         _watchdog(report),
     ):
-        _agree(plan, loader, num_steps, watch.skip)
+        check_first_batch(loader, first, watch.skip)
         done = first
         while done < num_steps:
             step, done = done, done + 1
@@ -268,28 +274,6 @@ def _ending(
 def _watchdog(report: Progress) -> Any:
     """Several processes: one that hangs must end, or all the others wait for ever."""
     return Watchdog(report) if jax.process_count() > 1 else contextlib.nullcontext()
-
-
-def _agree(plan: Plan, loader: DataLoader, num_steps: int, skip: Collection[int]) -> None:
-    """Several processes: all run the same thing, or say who does not, before the first step."""
-    if jax.process_count() == 1:
-        return
-    check_agreement(run_facts(plan, loader, num_steps, skip))
-
-
-def run_facts(
-    plan: Plan, loader: DataLoader, num_steps: int, skip: Collection[int] = ()
-) -> dict[str, str]:
-    """What must be the same on all processes: versions, program, configuration, data, first batch.
-
-    Examples, seed and batch size decide the first batch; each process reads other rows of it.
-    """
-    packages = ("jax", "jaxlib", "flax", "optax")
-    facts: dict[str, Any] = {name: metadata.version(name) for name in packages}
-    facts |= {"num_steps": num_steps, "steps left out": sorted(skip), **plan.describe()}
-    facts |= {f"data {k}": v for k, v in loader.describe().items()}
-    facts |= {"program": fingerprint(plan.program_text())}
-    return {k: str(v) for k, v in facts.items()}
 
 
 def _report_stragglers(report: Progress, is_main: bool) -> None:

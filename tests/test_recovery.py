@@ -11,9 +11,9 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.errors import ReplicaDivergenceError, ShardtrainError, UnstableRunError
-from shardtrain.fit import run_facts
 from shardtrain.monitoring import bad_steps
 from shardtrain.monitoring.guard import LossGuard, judge
+from shardtrain.recovery.preflight import run_facts
 from shardtrain.recovery.saved import _folder
 
 ROWS = 16
@@ -340,14 +340,15 @@ def test_copies_that_differ_stop_the_run_and_distrust_what_was_saved_since(plan,
 # -- before the first step ----------------------------------------------------------------------
 
 
-def test_facts_that_all_processes_must_share_include_program_and_first_batch(plan):
-    facts = run_facts(plan, loader(), STEPS)
-    assert facts == run_facts(plan, loader(), STEPS)
-    assert set(facts) >= {"jax", "jaxlib", "program", "strategy", "data seed", "data fingerprint"}
+def test_facts_that_all_processes_must_share_include_program_and_settings(plan):
+    settings = {"num_steps": STEPS}
+    facts = run_facts(plan, loader(), settings)
+    assert facts == run_facts(plan, loader(), settings)
+    assert set(facts) >= {"jax", "jaxlib", "num_steps", "program", "strategy", "data fingerprint"}
     batch = loader().abstract_batch
     half = lambda model, batch: st.cross_entropy(0.5 * model(batch["x"]), batch["y"])
     other = st.plan(Network, half, optax.adam(1e-2), batch, "data=4,fsdp=2")
-    found = run_facts(other, loader(), STEPS)
+    found = run_facts(other, loader(), settings)
     assert [name for name in facts if facts[name] != found[name]] == ["program"]
 
 

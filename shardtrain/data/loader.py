@@ -113,6 +113,15 @@ class DataLoader:
         local = self._read_ahead(rows.tobytes(), rows).get(step)
         return placement.place(local, rows, shardings, self.abstract_batch)
 
+    def rows(self, step: int, rows: np.ndarray) -> Any:
+        """Some rows of the global batch of `step`, in numpy: the very values `batch` would deliver.
+
+        Args:
+            step: 0, 1, 2, ...
+            rows: int64 `[n]`, each below `global_batch_size`.
+        """
+        return self._reader.batch(self.global_batch_size, rows, step)
+
     def local_rows(self, sharding: Any) -> np.ndarray:
         """The rows of each global batch, int64 and sorted, that this process would read."""
         shardings = placement.spread(sharding, self.abstract_batch)

@@ -1,5 +1,7 @@
 """Coming back: saved states of a run, the watch over its loss, and the replay of a bad step."""
 
+from shardtrain.recovery.preflight import check_first_batch as check_first_batch
+from shardtrain.recovery.preflight import check_run as check_run
 from shardtrain.recovery.replay import Finding as Finding
 from shardtrain.recovery.replay import ReplayReport as ReplayReport
 from shardtrain.recovery.replay import replay_step as replay_step

@@ -78,6 +78,7 @@ for step in range(3):
     progress.phase("data", step)
     if step == 2 and str(index) == who:
         if behaviour == "kill":
+            (scratch / f"killed-{number}").write_text(repr(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         if behaviour == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -86,6 +86,17 @@ def test_a_killed_process_restarts_all(tmp_path, capfd, process):
     assert "restarting 2 processes from the last saved step (restart 1 of 3" in err
 
 
+def test_a_death_is_noticed_in_under_a_fifth_of_a_second(tmp_path):
+    """The best of three: what a busy machine adds is not the supervisor's."""
+    code, events = start(tmp_path, "kill@0", "kill@1", "kill@0", "none")
+    assert code == 0
+    seen = [event["exits"][0]["time"] for event in events if event["event"] == "end"][:3]
+    killed = [float((tmp_path / f"killed-{number}").read_text()) for number in range(3)]
+    delays = [after - before for before, after in zip(killed, seen, strict=True)]
+    assert all(delay > 0 for delay in delays)
+    assert min(delays) < 0.2
+
+
 def test_a_repeating_error_stops_and_its_traceback_is_shown_once(tmp_path, capfd):
     code, events = start(tmp_path, "raise@1")
     assert code == 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -98,6 +99,7 @@ def test_unknown_option_suggests_the_nearest(capsys):
         (["--model", "smal"], "--model smal: did you mean 'small'?"),
         (["--data", "no/such/file.txt"], "no such file or directory: no/such/file.txt"),
         (["--steps", "0"], "--steps 0: give at least 1"),
+        (["--snapshot-every", "0"], "--snapshot-every 0: give at least 1"),
         (["--lr", "-1"], "--lr above 0"),
         (["--batch", "7"], "Nearest batch sizes that work: 6 or 8"),
     ],
@@ -378,6 +380,53 @@ def test_ctrl_c_saves_the_last_step(text, tmp_path):
     assert "Traceback" not in err
     steps = [int(p.name) for p in out.iterdir() if p.name.isdigit()]
     assert f"Stopped at step {steps[-1]}, which is saved" in " ".join(rest.split())
+
+
+KILLED_AT_4 = """
+import os, signal, sys
+from shardtrain.cli import main
+from shardtrain.monitoring.metrics_log import MetricsLog
+
+written = MetricsLog.on_step
+
+def on_step(self, step, metrics):
+    written(self, step, metrics)
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsLog.on_step = on_step
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_is_found_in_memory(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = [*TINY, "--data", str(text), "--out", str(out), "--strategy", "data=2"]
+    command += ["--steps", "6", "--save-every", "100", "--snapshot-every", "1"]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_4, *command], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert not any(p.name.isdigit() for p in out.iterdir())
+    assert main(command) == 0
+    shown, _ = said(capsys)
+    assert "continuing the run there" in shown
+    assert "resumed at step 3 (from memory)" in shown
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert next(r["step"] for r in records if r["kind"] == "eval") == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unless_the_guard_is_off(text, tmp_path, capsys):
+    command = [*TINY, "--data", str(text), "--strategy", "data=2", "--steps", "8", "--lr", "1e30"]
+    command += ["--save-every", "100", "--sample", "0"]
+    assert main([*command, "--out", str(tmp_path / "on")]) == 2
+    assert "There is no good state to go back to" in said(capsys)[1]
+    assert main([*command, "--out", str(tmp_path / "off"), "--no-guard"]) == 0
+    said(capsys)
+    lines = (tmp_path / "off" / "metrics.jsonl").read_text().splitlines()
+    skipped = [r["skipped"] for r in map(json.loads, lines) if r["kind"] == "step"]
+    assert len(skipped) == 8
+    assert skipped[-1] == 1
 
 
 def test_goodput_of_a_published_failure_rate(capsys):

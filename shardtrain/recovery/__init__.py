@@ -6,5 +6,6 @@ from shardtrain.recovery.replay import Finding as Finding
 from shardtrain.recovery.replay import ReplayReport as ReplayReport
 from shardtrain.recovery.replay import replay_step as replay_step
 from shardtrain.recovery.saved import SavedStates as SavedStates
+from shardtrain.recovery.saved import has_snapshots as has_snapshots
 from shardtrain.recovery.watch import LossWatch as LossWatch
 from shardtrain.recovery.watch import skip_step as skip_step

@@ -204,19 +204,32 @@ class SavedStates:
         self.losses = {int(step): loss for step, loss in extra.get("losses", {}).items()}
 
 
+def has_snapshots(directory: Path) -> bool:
+    """Whether a run in this directory left snapshots in this host's memory; nothing is made."""
+    path = directory.expanduser().resolve()
+    token = path / _TOKEN
+    if not token.is_file():
+        return False
+    return any(_place(_token_text(path)).glob("process-*/[0-9]*"))
+
+
 def _folder(path: Path | None) -> Path:
     """The folder of a run's snapshots on this host, readable by this user only.
 
     Raises:
       CheckpointError: Somebody else made it.
     """
-    name = hashlib.sha256(_run_id(path).encode()).hexdigest()[:16]
-    root = _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
-    folder = root / f"shardtrain-{os.getuid()}-{name}"
+    folder = _place(_run_id(path))
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise CheckpointError(f"{folder} belongs to another user; snapshots are not kept there.")
     return folder
+
+
+def _place(run_id: str) -> Path:
+    name = hashlib.sha256(run_id.encode()).hexdigest()[:16]
+    root = _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
+    return root / f"shardtrain-{os.getuid()}-{name}"
 
 
 def _run_id(path: Path | None) -> str:
@@ -231,4 +244,8 @@ def _run_id(path: Path | None) -> str:
             token.write_text(secrets.token_hex(16), "ascii")
 
     on_first(make)
-    return f"{path} {token.read_text('ascii')}"
+    return _token_text(path)
+
+
+def _token_text(path: Path) -> str:
+    return f"{path} {(path / _TOKEN).read_text('ascii')}"

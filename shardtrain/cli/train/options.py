@@ -42,6 +42,10 @@ class TrainOptions:
         cosine. Default: by model size.
       eval_every: Steps between evaluations on held-out text. Default: a quarter of the steps.
       save_every: Steps between checkpoints. Default: a quarter of the steps.
+      snapshot_every: Steps between copies of the state in host memory, which a run that was killed
+        or goes back asks first. Default: checkpoints only.
+      no_guard: Take spikes of the loss as they come, and never go back. A step that is not finite
+        is still not taken.
       out: The run directory. Default: runs/MODEL-DATA.
       fresh: Start over in a new directory with a number behind its name.
       seed: Of the parameters, the order of the data and the sample.
@@ -61,6 +65,8 @@ class TrainOptions:
     lr: Annotated[float | None, plain("RATE")] = None
     eval_every: Annotated[int | None, plain("N")] = None
     save_every: Annotated[int | None, plain("N")] = None
+    snapshot_every: Annotated[int | None, plain("N")] = None
+    no_guard: Annotated[bool, plain()] = False
     out: Annotated[Path | None, plain("DIR")] = None
     fresh: Annotated[bool, plain()] = False
     seed: Annotated[int, arg(metavar="N")] = 0

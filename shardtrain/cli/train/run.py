@@ -28,9 +28,11 @@ from shardtrain.fit import FitResult, evaluate, fit
 from shardtrain.models import Decoder
 from shardtrain.models.generate import generate
 from shardtrain.modules import Mean, cross_entropy
+from shardtrain.monitoring.guard import LossGuard
 from shardtrain.monitoring.metrics_log import MetricsLog, TensorBoardLog, read_metrics
 from shardtrain.plan import Plan
 from shardtrain.plan import plan as make_plan
+from shardtrain.recovery import has_snapshots
 from shardtrain.viz.figure import save
 from shardtrain.viz.loss import loss_figure
 
@@ -51,8 +53,8 @@ def run(options: TrainOptions) -> int:
     directory = choose_directory(options.out, f"{options.model}-{text.name}", options.fresh)
     settings = _settings(options, size, devices)
     # Also a barrier: nobody writes before all processes have looked.
-    claimed = claim(directory, settings, _MAY_CHANGE) and bool(steps.committed(directory))
-    continues = bool(agreement.from_first(int(claimed)))
+    claimed = claim(directory, settings, _MAY_CHANGE) and _is_saved(directory, options)
+    continues = not agreement.all_agree(not claimed)  # another host's memory counts too
 
     loader = train_loader(text, options.sequence, options.batch, options.seed)
     held_out = eval_loader(text, options.sequence, options.batch)
@@ -103,12 +105,12 @@ def train(
     held_out: DataLoader,
     options: TrainOptions,
     directory: Path,
-    has_checkpoint: bool,
+    continues: bool,
 ) -> tuple[FitResult, float]:
     """Evaluate the untrained model, then `fit`; the result and the seconds it took."""
     started = time.monotonic()
     state = None
-    if not has_checkpoint:
+    if not continues:
         console.print("compiling ...", style="dim")
         state = plan.init(options.seed)
         before = evaluate(plan, state, held_out)
@@ -129,6 +131,8 @@ def train(
         eval_loader=held_out,
         eval_every=options.eval_every or quarter,
         save_every=options.save_every or quarter,
+        snapshot_every=options.snapshot_every,
+        guard=None if options.no_guard else LossGuard(),
     )
     return result, time.monotonic() - started
 
@@ -186,6 +190,11 @@ def _sample(plan: Plan, result: FitResult, text: Text, options: TrainOptions) ->
     return text.tokenizer.decode(np.asarray(tokens)), text.tokenizer.decode(sample)
 
 
+def _is_saved(directory: Path, options: TrainOptions) -> bool:
+    in_memory = options.snapshot_every is not None and has_snapshots(directory)
+    return in_memory or bool(steps.committed(directory))
+
+
 def _settings(options: TrainOptions, size: Size, devices: Devices) -> dict[str, Any]:
     """What decides the numbers of a run, for `run.json`."""
     return {
@@ -223,7 +232,7 @@ def _check(options: TrainOptions) -> None:
     for name in ("steps", "batch", "sequence"):
         if getattr(options, name) < 1:
             raise ShardtrainError(f"--{name} {getattr(options, name)}: give at least 1")
-    for name in ("eval_every", "save_every", "devices"):
+    for name in ("eval_every", "save_every", "snapshot_every", "devices"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ShardtrainError(f"--{name.replace('_', '-')} {value}: give at least 1")

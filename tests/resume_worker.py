@@ -1,8 +1,9 @@
-"""A run of `st.fit` that may kill itself: `DIRECTORY NUM_STEPS KILL_AT [lost|term]`.
+"""A run of `st.fit` that may kill itself: `DIRECTORY NUM_STEPS KILL_AT [lost|term|gone|slow]`.
 
 With `lost` nothing is saved to disk on the way, only to memory, and the process that dies takes the
-memory of its host with it. With `term` process 1 gets a SIGTERM instead. Writes `seen.jsonl`: for
-every step taken, the examples this process read and the loss.
+memory of its host with it. With `term` process 1 gets a SIGTERM instead. With `gone` process 1 dies
+there every time it is started. With `slow` nobody dies: process 1 is slow to read. Writes
+`seen.jsonl`: for every step taken, the examples this process read and the loss.
 """
 
 import json
@@ -10,12 +11,13 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-from flax import nnx
+from recovery_models import Network, loss_fn
 
 import shardtrain as st
 from shardtrain.checkpoint import as_text, fingerprint
@@ -23,7 +25,7 @@ from shardtrain.checkpoint.leaves import named_leaves
 from shardtrain.recovery.saved import _folder
 
 directory, num_steps, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-lost, term = sys.argv[4:] == ["lost"], sys.argv[4:] == ["term"]
+mode = sys.argv[4] if len(sys.argv) > 4 else "kill"
 first_try = not (directory / "seen.jsonl").exists()
 st.init_distributed()
 examples = 40
@@ -45,40 +47,38 @@ class Loader(st.DataLoader):
 
     def batch(self, step, sharding=None):
         batch = super().batch(step, sharding)
+        if mode == "slow" and jax.process_index() == 1:
+            time.sleep(0.05)
         mine = {int(i) for s in batch["id"].addressable_shards for i in np.asarray(s.data)}
         write({"step": step + 1, "process": jax.process_index(), "examples": sorted(mine)})
         return batch
 
 
-class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.up = nnx.Linear(8, 16, rngs=rngs)
-        self.drop = nnx.Dropout(0.1, rngs=rngs)
-        self.down = nnx.Linear(16, 4, rngs=rngs)
-
-    def __call__(self, x):
-        return self.down(self.drop(nnx.relu(self.up(x))))
-
-
 class Watch(st.Callback):
     def on_step(self, step, metrics):
         write({"step": step, "loss": metrics["loss"].hex()})
-        if lost and step == kill_at and jax.process_index() == 1 and first_try:
-            shutil.rmtree(_folder(directory / "run") / "process-1")
-            os.kill(os.getpid(), signal.SIGKILL)
-        if term and step == kill_at and jax.process_index() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if step == kill_at and not (lost or term):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == kill_at:
+            die()
+
+
+def die():
+    odd = jax.process_index() == 1
+    if mode == "lost" and odd and first_try:
+        shutil.rmtree(_folder(directory / "run") / "process-1")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "term" and odd:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if mode == "kill" or (mode == "gone" and odd):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 loader = Loader(columns, 8, seed=1)
 plan = st.plan(
-    Model,
-    lambda model, batch: st.cross_entropy(model(batch["x"]), batch["y"]),
+    Network,
+    loss_fn,
     optax.adamw(1e-2),
     loader.abstract_batch,
-    "data=2,fsdp=2",
+    f"data=2,fsdp={jax.device_count() // 2}",
 )
 result = st.fit(
     plan,
@@ -86,8 +86,8 @@ result = st.fit(
     num_steps,
     directory / "run",
     [Watch()],
-    save_every=None if lost else 7,
-    snapshot_every=1 if lost else None,
+    save_every=None if mode == "lost" else 7,
+    snapshot_every=1 if mode == "lost" else None,
     progress=False,
 )
 if jax.process_index() == 0:

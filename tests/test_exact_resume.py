@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ WORKER = Path(__file__).parent / "resume_worker.py"
 EXAMPLES, BATCH = 40, 8
 
 
-def run(directory, num_steps, kill_at=0, processes=1, restarts=0, extra=()):
+def run(directory, num_steps, kill_at=0, processes=1, restarts=0, extra=(), shrink_to=()):
     directory.mkdir(exist_ok=True)
     environ = os.environ | {
         "PYTHONPATH": str(Path(shardtrain.__file__).parents[1]),
@@ -33,6 +34,7 @@ def run(directory, num_steps, kill_at=0, processes=1, restarts=0, extra=()):
         num_processes=processes,
         devices_per_process=4 // processes,
         max_restarts=restarts,
+        shrink_to=shrink_to,
         run_directory=directory / f"launch-{num_steps}-{kill_at}",
         output="none",
         environ=environ,
@@ -85,6 +87,32 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(whole, tmp_pa
     np.testing.assert_allclose(
         [number(losses[s]) for s in steps], [number(want_losses[s]) for s in steps], rtol=2e-5
     )
+
+
+def test_when_a_process_does_not_come_back_fewer_go_on_with_the_same_batches(whole, tmp_path):
+    options = {"processes": 2, "restarts": 3, "shrink_to": (1,), "extra": ["gone"]}
+    assert run(tmp_path, 20, kill_at=10, **options) == 0
+    [launched] = tmp_path.glob("launch-*")
+    events = [json.loads(x) for x in (launched / "events.jsonl").read_text().splitlines()]
+    assert [e["process_count"] for e in events if e["event"] == "start"] == [2, 2, 1]
+    lines = [json.loads(x) for x in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    begun = [r["step"] for r in lines if r.get("process") == 0]
+    assert (begun.count(1), begun.count(7), begun.count(8)) == (1, 1, 3)  # saved: step 7
+    losses, examples = seen(tmp_path)
+    want_losses, want_examples = seen(whole)
+    steps = range(1, 21)
+    assert [examples[s] for s in steps] == [want_examples[s] for s in steps]
+    for step in steps:
+        np.testing.assert_allclose(
+            [float.fromhex(x) for x in losses[step]], float.fromhex(*want_losses[step]), rtol=2e-5
+        )
+
+
+def test_the_slow_process_is_named_with_what_it_is_slow_at(tmp_path):
+    assert run(tmp_path, 100, processes=2, extra=["slow"]) == 0
+    log = (tmp_path / "launch-100-0" / "generation-0" / "log-p0.txt").read_text()
+    assert re.search(r"process 1 is \d+\.\dx slower, in data loading, for \d+ steps \(0\.0", log)
+    assert "process 0 is" not in log
 
 
 def test_a_lost_host_is_made_good_from_its_neighbour_without_any_disk(tmp_path):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from recovery_models import Network, loss_fn
 
 import shardtrain as st
 from shardtrain.errors import ReplicaDivergenceError, ShardtrainError, UnstableRunError
@@ -19,20 +19,6 @@ from shardtrain.recovery.saved import _folder
 ROWS = 16
 STEPS = 12
 WATCHFUL = LossGuard(window=4)
-
-
-class Network(nnx.Module):
-    def __init__(self, rngs):
-        self.up = nnx.Linear(8, 16, rngs=rngs)
-        self.drop = nnx.Dropout(0.1, rngs=rngs)
-        self.down = nnx.Linear(16, 4, rngs=rngs)
-
-    def __call__(self, x):
-        return self.down(self.drop(nnx.relu(self.up(x))))
-
-
-def loss_fn(model, batch):
-    return st.cross_entropy(model(batch["x"]), batch["y"])
 
 
 def columns(bad=(), value=np.nan):

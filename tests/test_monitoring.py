@@ -280,6 +280,16 @@ def test_the_worst_straggler_comes_first_and_missing_steps_are_ignored():
     ]
 
 
+def test_a_dispatch_that_waits_for_a_slow_loader_is_no_straggler():
+    slow = {s: {"data": 0.052, "dispatch": 0.001} for s in range(20)}
+    blocked = {s: {"data": 0.002, "dispatch": 0.051} for s in range(20)}
+    [found] = find_stragglers({0: blocked, 1: slow})
+    assert (found.process_index, found.phase) == (1, "data")
+    own = {s: {"data": 0.002, "dispatch": 0.101} for s in range(20)}  # 0.05 s of it its own
+    found = find_stragglers({0: own, 1: slow, 2: slow})
+    assert ("dispatch", 0) in [(s.phase, s.process_index) for s in found]
+
+
 def test_step_times_survive_the_exchange():
     own = {s: {"data": 0.25, "wait": 1e-6, "ckpt": 5000.0} for s in range(5)}
     sent = []

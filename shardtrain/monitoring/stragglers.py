@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from shardtrain.monitoring.progress import PHASES
 
 OWN_PHASES = ("data", "dispatch", "ckpt", "eval")
-"""Phases in which a process works for itself; only these are compared."""
+"""Phases in which a process works for itself; only these are compared. Dispatch may also wait."""
 
 StepTimes = Mapping[int, Mapping[str, float]]
 """Step → phase → seconds, of one process."""
@@ -88,6 +88,8 @@ def _latest_slow_rows(
     rows = []
     for step in reversed(steps):
         own = times[process_index][step].get(phase, 0.0)
+        if phase == "dispatch":
+            own = max(own - _waited(times, process_index, step), 0.0)
         others = statistics.median(
             t[step].get(phase, 0.0) for p, t in times.items() if p != process_index
         )
@@ -97,6 +99,18 @@ def _latest_slow_rows(
             break
         rows.append((own, others, total / without))
     return rows
+
+
+def _waited(times: Mapping[int, StepTimes], process_index: int, step: int) -> float:
+    """Seconds that others worked longer before their dispatch: a dispatch may block on them.
+
+    It does with gloo, and wherever the queue of the device is full.
+    """
+    work = {
+        p: sum(t[step].get(phase, 0.0) for phase in OWN_PHASES if phase != "dispatch")
+        for p, t in times.items()
+    }
+    return max(work.values()) - work[process_index]
 
 
 def _summarise(

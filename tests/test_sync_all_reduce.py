@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sync_models import BATCH, TENSOR, assert_close, init, large, loss, make_plan, train
 
 import shardtrain as st
-from shardtrain.errors import CompilerBugError, StrategyError
+from shardtrain.errors import StrategyError
 from shardtrain.planner.collectives import collectives_of
 from shardtrain.sync.codecs import make_codec
 from shardtrain.sync.exchange import make_exchange
@@ -240,15 +240,19 @@ class Conv(nn.Module):
         return nn.Dense(8)(x.reshape(x.shape[0], -1))
 
 
-def test_convolutions_on_one_device_per_replica(devices):
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "tensor": 2}], ids=str)
+def test_convolutions_in_replicas(devices, sizes):
+    """Explicitly reduced as one device; with steps of their own as on one device per replica."""
     fn = lambda model, batch: st.cross_entropy(model(batch["x"]), batch["y"])
-    make = lambda s, **o: st.plan(Conv(), fn, optax.sgd(0.1), BATCH, s, **o)
-    with pytest.raises(CompilerBugError, match="data axis alone"):
-        make(st.Strategy(data=4, tensor=2, sync=EXPLICIT, allow_replicated=("**",)))
     batch = {"x": BATCH["x"], "y": BATCH["y"]}
-    plan = st.plan(Conv(), fn, optax.sgd(0.1), batch, st.Strategy(data=8, sync=EXPLICIT))
-    one = st.plan(Conv(), fn, optax.sgd(0.1), batch, "data=1", devices=devices[:1])
-    assert_close(train(plan, 2, batch=batch)[0].params, train(one, 2, batch=batch)[0].params)
+    make = lambda s, **o: st.plan(Conv(), fn, optax.sgd(0.1), batch, s, **o)
+    params = lambda plan: train(plan, 3, batch=batch)[0].params
+    one = params(make("data=1", devices=devices[:1]))
+    assert_close(params(make(st.Strategy(**sizes, sync=EXPLICIT, allow_replicated=("**",)))), one)
+    local = st.Strategy(**sizes, sync=st.LocalSGD(3), allow_replicated=("**",))
+    alone = st.Strategy(data=sizes["data"], sync=st.LocalSGD(3))
+    same = params(make(alone, devices=devices[: sizes["data"]]))
+    assert_close(params(make(local)), same)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ other numbers than one device does (and the same ones as every other replica). H
 is made for the whole batch, as on one device, and a replica uses its part. Nothing is
 communicated: JAX's counter-based generator gives every device the numbers it needs.
 
-Which draws these are, and along which dim, is seen by tracing the loss at both batch sizes.
+Which draws these are, and along which dim, is seen by tracing the loss at both batch sizes and
+pairing the draws, in their order. Other equations need not correspond: JAX writes some functions
+otherwise for a single row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +49,7 @@ def draw_for_batch(loss: LossFn, num_replicas: int) -> LossFn:
 
 
 def hidden_draw(loss: LossFn, num_replicas: int, *args: Any) -> str:
-    """Source line of a draw shaped by the batch that `draw_for_batch` cannot reach, or nothing.
+    """Why `draw_for_batch` cannot reach a draw shaped by the batch, with the line, or "".
 
     Args:
       loss: The loss.
@@ -55,7 +57,8 @@ def hidden_draw(loss: LossFn, num_replicas: int, *args: Any) -> str:
       args: Abstract params, variables, one replica's batch, and key.
     """
     own = jax.make_jaxpr(loss)(*args)
-    return next(_hidden((own, _whole_batch(loss, num_replicas, *args)), False), "")
+    whole = _whole_batch(loss, num_replicas, *args)
+    return next(_hidden((own.jaxpr, whole.jaxpr), ""), "")
 
 
 def _whole_batch(loss: LossFn, num_replicas: int, *args: Any) -> jex.ClosedJaxpr:
@@ -81,41 +84,53 @@ def _grown_dim(own: jex.JaxprEqn, whole: jex.JaxprEqn) -> int | None:
     return next((d for d, (m, n) in enumerate(zip(small, large, strict=True)) if m != n), None)
 
 
-def _hidden(pair: tuple[Any, Any], inside: bool) -> Iterator[str]:
-    primitives = lambda program: [e.primitive.name for e in program.jaxpr.eqns]
-    if primitives(pair[0]) != primitives(pair[1]):  # the model is written otherwise for few rows
-        yield from (source_line(e, "<unknown>") for e in pair[0].jaxpr.eqns[:1])
+def _drawing(program: Any) -> list[jex.JaxprEqn]:
+    return [eqn for eqn in program.eqns if contains(eqn, _draws)]
+
+
+def _hidden(pair: tuple[Any, Any], hidden_by: str, outer: str = "<unknown>") -> Iterator[str]:
+    mine, theirs = map(_drawing, pair)
+    names = lambda eqns: [e.primitive.name for e in eqns]
+    if names(mine) != names(theirs):
+        line = next((source_line(e, outer) for e in (*mine, *theirs)), outer)
+        yield f"other random numbers are drawn for few rows than for many ({line})"
         return
-    for own, whole in zip(pair[0].jaxpr.eqns, pair[1].jaxpr.eqns, strict=True):
-        if inside and _draws(own) and _grown_dim(own, whole) is not None:
-            yield source_line(own, "<unknown>")
+    for own, whole in zip(mine, theirs, strict=True):
+        line = source_line(own, outer)
+        if hidden_by and _draws(own) and _grown_dim(own, whole) is not None:
+            yield f"random numbers for the whole batch are drawn inside {hidden_by} ({line})"
         closed = bodies(own)
-        if closed:
-            for inner in zip(closed, bodies(whole), strict=True):
-                yield from _hidden(inner, inside)
-        else:
-            mine, theirs = (list(jex.jaxprs_in_params(eqn.params)) for eqn in (own, whole))
-            if len(mine) != len(theirs):
-                yield source_line(own, "<unknown>")
-            for a, b in zip(mine, theirs, strict=False):
-                yield from _hidden((jex.ClosedJaxpr(a, ()), jex.ClosedJaxpr(b, ())), True)
+        hides = hidden_by or ("" if closed else own.primitive.name)
+        subs = lambda eqn, closed=closed: (
+            [b.jaxpr for b in bodies(eqn)] if closed else jex.jaxprs_in_params(eqn.params)
+        )
+        for inner in zip(subs(own), subs(whole), strict=True):
+            yield from _hidden(inner, hides, line)
 
 
 def _evaluate(pair: tuple[Any, Any], args: Sequence[Any], split: Split) -> list[Any]:
     own, whole = pair
     env = start(own, args)
-    for a, b in zip(own.jaxpr.eqns, whole.jaxpr.eqns, strict=True):
+    partners = iter(_drawing(whole.jaxpr))
+    for a in own.jaxpr.eqns:
         ins = [read(env, atom) for atom in a.invars]
-        dim = _grown_dim(a, b) if _draws(a) else None
-        if dim is not None:
-            outs = [split(lambda *x, b=b: bind(b, x)[0], ins, dim)]
-        elif bodies(a) and contains(a, _draws):
-            pairs = zip(bodies(a), bodies(b), strict=True)
-            outs = reopen(a, ins, [lambda *x, p=p: _evaluate(p, x, split) for p in pairs])
-        else:
-            outs = bind(a, ins)
+        outs = _draw((a, next(partners)), ins, split) if contains(a, _draws) else bind(a, ins)
         env.update(zip(a.outvars, outs, strict=True))
     return [read(env, atom) for atom in own.jaxpr.outvars]
+
+
+def _draw(
+    pair: tuple[jex.JaxprEqn, jex.JaxprEqn], ins: Sequence[Any], split: Split
+) -> Sequence[Any]:
+    """An equation that draws, or has a draw inside."""
+    own, whole = pair
+    if _draws(own):
+        dim = _grown_dim(own, whole)
+        return bind(own, ins) if dim is None else [split(lambda *x: bind(whole, x)[0], ins, dim)]
+    if not bodies(own):
+        return bind(own, ins)
+    pairs = zip(bodies(own), bodies(whole), strict=True)
+    return reopen(own, ins, [lambda *x, p=p: _evaluate(p, x, split) for p in pairs])
 
 
 def _splitter(num_replicas: int, row_like: jax.Array) -> Split:

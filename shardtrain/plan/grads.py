@@ -66,7 +66,7 @@ def make_gradients(
     bugs = KnownBugs()
     if not many:
         axes = ()
-    if axes or set(layout.batch_axes) != {a for a, n in layout.sizes.items() if n > 1}:
+    if any(n > 1 for n in layout.sizes.values()):
         bugs = check_known_bugs(proof_loss, layout, s)
     if axes:
         reason = _why_not_per_replica(proof_loss, layout, s, bugs)
@@ -76,7 +76,8 @@ def make_gradients(
     loss = loss_for(axes)
     if axes:
         loss = draw_for_batch(loss, math.prod(layout.sizes[a] for a in axes))
-    grad_fn = value_and_grad(bugs.avoid(loss), float32_sums=s.precision == "bf16")
+    loss = bugs.avoid_mapped(loss) if axes else bugs.avoid(loss)
+    grad_fn = value_and_grad(loss, float32_sums=s.precision == "bf16")
     constrain = layout.constrain(layout.grad_specs)
     if axes:
         replicas = math.prod(layout.sizes[a] for a in axes)
@@ -135,15 +136,19 @@ def pipeline_axes(
     axes = _local_axes(layout, s)
     if not axes:
         return (), ""
-    reason = _why_not_per_replica(loss, layout, s, bugs, draws=False)
+    if bugs.convolutions:
+        line = bugs.convolutions[0].line
+        reason = f"convolution gradients are not mapped over pipelines ({line})"
+    else:
+        reason = _why_not_per_replica(loss, layout, s, bugs, draws=False)
     return ((), reason) if reason else (axes, "")
 
 
 def _why_not_per_replica(
     loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs, draws: bool = True
 ) -> str:
-    if bugs.convolutions:
-        return f"convolution gradients cannot be mapped over replicas ({bugs.convolutions[0]})"
+    if reason := bugs.why_not_mapped():
+        return reason
     proof = prove_sum_over_examples(loss, layout, s, draws)
     if proof.ok:
         return ""
@@ -195,9 +200,8 @@ def prove_sum_over_examples(
     if found.ok:
         rows = lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)
         own = jax.tree.map(rows, microbatch)
-        if line := hidden_draw(loss, parts, params, variables, own, key):
-            reason = "random numbers for the whole batch are drawn inside a custom derivative"
-            return Independence(False, reason, line)
+        if reason := hidden_draw(loss, parts, params, variables, own, key):
+            return Independence(False, reason, "")
     return found
 
 

@@ -146,8 +146,9 @@ def make_pipelined(
     bugs = check_known_bugs(plain(loss.fn), whole, s)
     if bugs.grouped and bugs.idle_axes:
         raise CompilerBugError(
-            f"the grouped convolution at {bugs.grouped[0]} would get wrong kernel gradients in a "
-            f"pipeline on this mesh (XLA; idle axes {', '.join(bugs.idle_axes)}). Use pipeline=1"
+            f"the grouped convolution at {bugs.grouped[0].line} would get wrong kernel gradients "
+            f"in a pipeline on this mesh (XLA; idle axes {', '.join(bugs.idle_axes)}). "
+            "Use pipeline=1"
         )
     if needs_replicas(s):
         axes, reason = ("data",), ""  # by definition of the algorithm

@@ -63,18 +63,18 @@ def replica_gradients(
       s: Microbatches.
 
     Raises:
-      CompilerBugError: The model has convolutions and replicas span several devices.
+      CompilerBugError: Replicas span several devices, and a convolution cannot be rewritten.
     """
     others = [a for a, n in layout.sizes.items() if n > 1 and a != "data"]
     if others:
         bugs = check_known_bugs(proof_loss, layout, s)
-        if bugs.convolutions:
+        if reason := bugs.why_not_mapped(kernels=True):
             raise CompilerBugError(
-                f"the convolution at {bugs.convolutions[0]} would get wrong kernel gradients in "
-                f"replicas that are split over {', '.join(others)} (XLA). With sync= or "
-                "compression= use the data axis alone for this model"
+                f"{reason}: it would get wrong kernel gradients where replicas are split over "
+                f"{', '.join(others)} (XLA). With sync= or compression= use the data axis alone "
+                "for this model"
             )
-        loss = bugs.avoid(loss_for(("data",)))
+        loss = bugs.avoid_mapped(loss_for(("data",)), kernels=True)
     else:
         loss = proof_loss  # each device runs a replica as plain code: nothing to constrain
     grad_fn = value_and_grad(loss)

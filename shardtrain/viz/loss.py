@@ -1,6 +1,7 @@
 """The loss curve of a run."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def loss_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Pictur
             ha="center",
             color=HELD_OUT,
         )
-    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats)")
+    axes.set_title(textwrap.fill(title, 72), fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if steps or at:

@@ -156,7 +156,8 @@ def finish(
     if jax.process_index() != 0:
         return
     records = read_metrics(directory / "metrics.jsonl")
-    save(loss_figure(records, title=f"{directory.name}: {plan.strategy}"), directory / "loss.png")
+    layout = str(plan.strategy).replace(",", ", ")  # so that a long one can be wrapped
+    save(loss_figure(records, title=f"{directory.name}: {layout}"), directory / "loss.png")
     evals = [r["loss"] / text.bytes_per_token for r in records if r["kind"] == "eval"]
     done = len(result.history)
     facts = {

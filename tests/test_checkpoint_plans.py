@@ -1,17 +1,21 @@
 """Real plans: a checkpoint of any layout restores on any other, bit for bit."""
 
+import os
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
-import optax
 import pytest
+from checkpoint_plan_models import make_plan
 from checkpoint_states import assert_same_bits
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as hst
 
 import shardtrain as st
+from shardtrain.launch import launch
 
-WIDTH = 8
+WORKER = Path(__file__).with_name("checkpoint_plans_worker.py")
 
 # strategy, number of devices: replicas, every ZeRO level, tensor, pipelines of 2 and 4 stages
 LAYOUTS = [
@@ -25,41 +29,21 @@ LAYOUTS = [
     ("data=1", 1),
 ]
 
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
-        self.drop = nnx.Dropout(0.1, rngs=rngs)
-        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(self.drop(nnx.gelu(self.up(x))))
-
-
-class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(16, WIDTH, rngs=rngs)
-        self.layers = nnx.List([Block(rngs) for _ in range(4)])
-
-    def __call__(self, tokens):
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.embed.attend(x)
-
-
-def loss_fn(model, batch):
-    return st.cross_entropy(model(batch["tokens"]), batch["targets"], batch["mask"])
-
-
-def make_plan(strategy, count):
-    batch = {
-        "tokens": np.zeros((16, 4), np.int32),
-        "targets": np.zeros((16, 4), np.int32),
-        "mask": np.ones((16, 4), np.float32),
-    }
-    devices = jax.devices()[:count]
-    return st.plan(Model, loss_fn, optax.adam(1e-2), batch, strategy, devices=devices)
+# processes -> (directory restored from, strategy on the 4 devices of all, directory saved to)
+BY_PROCESSES = {
+    2: [
+        ("4", "data=2,fsdp=2,zero=1", "2-a"),
+        ("1", "data=2,pipeline=2,num_microbatches=2", "2-b"),
+        ("2", "fsdp=4", "2-c"),
+    ],
+    4: [
+        ("2-b", "tensor=4", "4-a"),
+        ("2-a", "pipeline=4,num_microbatches=2", "4-b"),
+        ("5", "fsdp=2,tensor=2,zero=2", "4-c"),
+    ],
+}
+SAVED = [str(number) for number in range(len(LAYOUTS))]
+SAVED += [target for tasks in BY_PROCESSES.values() for _, _, target in tasks]
 
 
 def randomized(state):
@@ -88,15 +72,37 @@ def runs(tmp_path_factory, devices):
             state = checkpointer.restore()
         with st.Checkpointer(root / str(number), plan) as checkpointer:
             checkpointer.save(state)
+    for processes, tasks in BY_PROCESSES.items():
+        run_processes(root, processes, tasks)
     return root, plans, want
 
 
-@settings(max_examples=40, deadline=None)
-@given(hst.integers(0, len(LAYOUTS) - 1), hst.integers(0, len(LAYOUTS) - 1))
+def run_processes(root, processes, tasks):
+    """Restore and save on a mesh of several real processes (gloo)."""
+    environ = os.environ | {
+        "PYTHONPATH": str(WORKER.parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    code = launch(
+        [sys.executable, str(WORKER), str(root), *(":".join(task) for task in tasks)],
+        num_processes=processes,
+        devices_per_process=4 // processes,
+        max_restarts=0,
+        run_directory=root / f"launch-{processes}",
+        environ=environ,
+    )
+    assert code == 0
+
+
+@pytest.mark.processes
+@settings(max_examples=60, deadline=None)
+@given(hst.sampled_from(SAVED), hst.integers(0, len(LAYOUTS) - 1))
 def test_any_layout_restores_any_other_bit_for_bit(runs, saved_by, restored_by):
     root, plans, want = runs
     plan = plans[restored_by]
-    with st.Checkpointer(root / str(saved_by), plan) as checkpointer:
+    with st.Checkpointer(root / saved_by, plan) as checkpointer:
         state = checkpointer.restore()
     assert_same_bits(plan.to_checkpoint(state), want)
     for leaf, abstract in zip(
@@ -105,8 +111,10 @@ def test_any_layout_restores_any_other_bit_for_bit(runs, saved_by, restored_by):
         assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim)
 
 
+@pytest.mark.processes
 def test_the_file_is_the_same_whoever_saved_it(runs):
-    headers = [st.inspect(runs[0] / str(number)).header for number in range(len(LAYOUTS))]
+    headers = [st.inspect(runs[0] / name).header for name in SAVED]
     assert len({tuple(header.fingerprints.items()) for header in headers}) == 1
     assert len({str(header.leaves) for header in headers}) == 1
     assert {header.mesh["devices"] for header in headers} == {1, 2, 4, 8}
+    assert {header.mesh["processes"] for header in headers} == {1, 2, 4}

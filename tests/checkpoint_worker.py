@@ -98,8 +98,15 @@ def save_and_restore(index, mesh, old_run, new_run, seen):
         seen["failed"] = message(checkpointer.wait)  # at once: this process ends within 150 s
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         seen["after failure"] = checkpointer.steps()
+        seen["earlier intact"] = same_shards(checkpointer.restore(), placed(2, mesh))
         checkpointer.save(placed(5, mesh))
         checkpointer.wait()
+        if index == 0:  # the one that also writes the header
+            resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+        checkpointer.save(placed(6, mesh))
+        seen["failed on the first"] = message(checkpointer.wait)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        seen["last intact"] = same_shards(checkpointer.restore(), placed(5, mesh))
         seen["at the end"] = checkpointer.steps()
 
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import gc
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -169,6 +170,30 @@ def test_retention_keeps_the_newest_and_all_when_asked(tmp_path):
                 checkpointer.save(small(step)[0])
             checkpointer.wait()
             assert checkpointer.steps() == want
+
+
+def test_retention_never_costs_the_last_verified_step(tmp_path, monkeypatch):
+    """The newer step is on disk, but reading it back fails; or it was never verified."""
+    with Checkpointer(tmp_path, small(0)[1], max_to_keep=1) as checkpointer:
+        checkpointer.save(small(2)[0])
+        checkpointer.wait()
+        with monkeypatch.context() as damaged:
+            damaged.setattr(commit.manifest, "write_part", fail)
+            checkpointer.save(small(4)[0])
+            with pytest.raises(CheckpointError, match=r"saving step 4 .*Earlier steps are intact"):
+                checkpointer.wait()
+        assert checkpointer.steps() == [2]
+        shutil.copytree(tmp_path / "2", tmp_path / "3")
+        shutil.rmtree(tmp_path / "3" / "shardtrain")  # as a kill before the manifest leaves it
+        assert int(checkpointer.restore().step) == 2
+        checkpointer.save(small(6)[0])
+        checkpointer.wait()
+        assert checkpointer.steps() == [6]
+    assert_same_bits(checkpointer.restore(), small(6)[0])
+
+
+def fail(*_):
+    raise OSError("Input/output error")
 
 
 def test_relative_and_home_paths(tmp_path, monkeypatch):

@@ -80,8 +80,12 @@ def test_a_save_that_fails_on_one_process_fails_on_both_and_the_next_works(run):
     first, second = run[1]
     assert "saving step 4" in first["failed"]
     assert "the disk is full or a size limit was reached" in second["failed"]
+    assert "the disk is full or a size limit was reached" in first["failed on the first"]
+    assert "saving step 6" in second["failed on the first"]
     for seen in run[1]:
         assert seen["after failure"] == [1, 2]
+        assert seen["earlier intact"]
+        assert seen["last intact"]
         assert seen["at the end"] == [1, 2, 5]
 
 

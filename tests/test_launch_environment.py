@@ -168,6 +168,10 @@ def test_jobset_indices_and_stable_pod_names():
     )
     assert (layout.process_index, layout.process_count) == (5, 6)
     assert layout.coordinator == "run7-workers-0-0.run7:8476"
+    assert str(layout) == (
+        "Kubernetes JobSet: 6 processes on 6 hosts; this is process 5, "
+        "coordinator run7-workers-0-0.run7:8476"
+    )
 
 
 def test_jobset_names_what_is_missing():

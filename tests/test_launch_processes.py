@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from shardtrain.launch import launch
+from shardtrain.launch.environment import detect_layout
 
 WORKER = str(pathlib.Path(__file__).with_name("launch_jax_worker.py"))
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -44,6 +46,76 @@ def test_an_exception_in_one_worker_is_told_apart_from_its_consequences(tmp_path
 def test_processes_that_disagree_stop_before_training(tmp_path, capfd):
     assert start(tmp_path, "disagree@1", max_restarts=0) == 1
     assert "config: process 0 has 'lr=1', process 1 has 'lr=2'" in capfd.readouterr().err
+
+
+JOIN = """
+import socket
+import jax
+import shardtrain as st
+
+layout = st.init_distributed(timeout=60)
+exposed = []
+if jax.process_index() == 0:
+    with socket.socket() as other:  # what listens on all interfaces answers here too (Linux)
+        exposed = [other.connect_ex(("127.0.0.2", int(layout.coordinator.rpartition(":")[2])))]
+print("joined", jax.process_index(), jax.process_count(), jax.device_count(), exposed == [0])
+"""
+
+
+def slurm(index, job):
+    return {
+        "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0",
+        "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index),
+        "SLURM_STEP_NODELIST": "localhost",
+    }  # fmt: skip
+
+
+def openmpi(index, job):
+    return {
+        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+        "PMIX_NAMESPACE": "a" * (job % 40),
+    }  # fmt: skip
+
+
+def free_job(scheduler):
+    """A job whose port nobody uses; the port follows from the name of the job."""
+    for job in range(os.getpid(), os.getpid() + 40):
+        coordinator = detect_layout(scheduler(0, job)).coordinator
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", int(coordinator.rpartition(":")[2]))):
+                return job, coordinator
+    raise AssertionError("40 ports are taken")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "title"), [(slurm, "SLURM"), (openmpi, "Open MPI")], ids=["slurm", "openmpi"]
+)
+def test_processes_of_a_scheduler_join_and_print_the_layout(scheduler, title):
+    job, coordinator = free_job(scheduler)
+    common = {**ENVIRON, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN],
+            env={**common, **scheduler(index, job)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        said = [worker.communicate(timeout=100) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert said[0][0].splitlines() == [
+        f"{title}: 2 processes; this is process 0, coordinator {coordinator}",
+        "joined 0 2 4 False",
+    ]
+    assert said[1][0].splitlines() == ["joined 1 2 4 False"]
 
 
 def test_sigterm_to_the_supervisor_stops_all_processes_at_one_step_with_42(tmp_path):

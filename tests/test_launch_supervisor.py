@@ -112,6 +112,13 @@ def test_the_exit_code_of_the_first_failure_is_passed_on(tmp_path):
     assert start(tmp_path, "exit3@0", max_restarts=0)[0] == 3
 
 
+def test_restarts_without_progress_are_counted_and_then_it_leaves(tmp_path, capfd):
+    code, events = start(tmp_path, "kill@0", max_restarts=1)
+    assert code == 128 + signal.SIGKILL
+    assert [e["event"] for e in events] == ["start", "end"] * 2
+    assert "1 restarts without progress; leaving with code 137" in capfd.readouterr().err
+
+
 def test_a_hang_is_named_with_stacks_and_restarted(tmp_path, capfd):
     limits = {"data": 0.5, "wait": 0.5}
     code, _ = start(tmp_path, "sleep@1", "none", hang_timeouts=limits)

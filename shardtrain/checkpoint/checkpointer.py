@@ -32,7 +32,6 @@ from shardtrain.checkpoint import (
 )
 from shardtrain.checkpoint.describe import describe_mesh, human_bytes, mesh_of, reason
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
-from shardtrain.checkpoint.header import Header
 from shardtrain.checkpoint.protocol import CheckpointPlan
 from shardtrain.errors import CheckpointError
 
@@ -110,9 +109,10 @@ class Checkpointer:
             path = steps.step_path(self.directory, step)
             hashes = fingerprint(named)  # before: its collectives must not meet Orbax's barriers
             handle = store.save_async(path, leaves.to_arrays(named), self._timeout)
+            saving = commit.Save(handle, path, header, hashes, self._timeout)
             copied = time.monotonic() - started
             thread = concurrent.futures.ThreadPoolExecutor(1, "shardtrain-checkpoint")
-            future = thread.submit(self._finish, handle, header, hashes, copied)
+            future = thread.submit(self._finish, saving, copied)
             thread.shutdown(wait=False)  # it ends with its work
             self._pending = (step, future)
         self._raise_failures(f"Step {step} is being saved now.")
@@ -141,17 +141,14 @@ class Checkpointer:
             self._report(f"checkpoint {step} is already there, with the same values")
         return same
 
-    def _finish(
-        self, handle: store.PendingSave, header: Header, hashes: Any, copied: float
-    ) -> None:
+    def _finish(self, saving: commit.Save, copied: float) -> None:
         started = time.monotonic()
-        path = steps.step_path(self.directory, header.step)
-        size = commit.finish(handle, path, header, hashes, self._timeout)
+        size = commit.finish(saving)
         if size is None:
             return
         self._report(
-            f"checkpoint {header.step} committed ({human_bytes(size)}, {copied:.2f} s to copy, "
-            f"{time.monotonic() - started:.1f} s in the background)"
+            f"checkpoint {saving.header.step} committed ({human_bytes(size)}, "
+            f"{copied:.2f} s to copy, {time.monotonic() - started:.1f} s in the background)"
         )
         steps.retain(self.directory, self._max_to_keep, frozenset(self.pinned))
 

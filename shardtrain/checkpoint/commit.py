@@ -28,6 +28,25 @@ _LOOK_EVERY = 0.1  # seconds
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """A save in flight: its arrays are on the host, and Orbax is writing them.
+
+    Args:
+        handle: to wait for.
+        path: the step directory it makes.
+        header: process 0 adds the fingerprints and writes it.
+        hashes: of every leaf, perhaps still on the device.
+        timeout: seconds that process 0 waits for the parts of the others.
+    """
+
+    handle: store.PendingSave
+    path: Path
+    header: Header
+    hashes: Mapping[str, Any]
+    timeout: float
+
+
 def header_of(
     step: int,
     infos: Mapping[str, LeafInfo],
@@ -49,32 +68,19 @@ def header_of(
     )
 
 
-def finish(
-    handle: store.PendingSave,
-    path: Path,
-    header: Header,
-    hashes: Mapping[str, Any],
-    timeout: float,
-) -> int | None:
+def finish(save: Save) -> int | None:
     """Wait for the commit, then write this process's part of the manifest.
 
     A failure here, of any kind, ends the waiting of the other processes too.
-
-    Args:
-        handle: the save in flight.
-        path: the step directory it makes.
-        header: process 0 adds the fingerprints and writes it.
-        hashes: of every leaf, perhaps still on the device.
-        timeout: seconds that process 0 waits for the parts of the others.
 
     Returns:
         On process 0, once the manifest is complete: the bytes of the step. Else None.
     """
     try:
-        return _finish(handle, path, header, hashes, timeout)
+        return _finish(save)
     except BaseException:
         with contextlib.suppress(OSError):  # the failure itself says more
-            failure_mark(path).touch()
+            failure_mark(save.path).touch()
         raise
 
 
@@ -83,31 +89,25 @@ def failure_mark(path: Path) -> Path:
     return path.with_name(f"{path.name}.failed")
 
 
-def _finish(
-    handle: store.PendingSave,
-    path: Path,
-    header: Header,
-    hashes: Mapping[str, Any],
-    timeout: float,
-) -> int | None:
-    _result(handle, path)
+def _finish(save: Save) -> int | None:
+    _result(save.handle, save.path)
     first = jax.process_index() == 0
     if first:
-        filled = dataclasses.replace(header, fingerprints=as_text(hashes))
-        manifest.write_header(path, filled)
-    manifest.write_part(path, jax.process_index(), header.num_parts)
+        filled = dataclasses.replace(save.header, fingerprints=as_text(save.hashes))
+        manifest.write_header(save.path, filled)
+    manifest.write_part(save.path, jax.process_index(), save.header.num_parts)
     if not first:
         return None
-    _wait_for_parts(path, header.num_parts, timeout)
-    return manifest.total_bytes(path)
+    _wait_for_parts(save)
+    return manifest.total_bytes(save.path)
 
 
-def _wait_for_parts(path: Path, num_parts: int, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not manifest.is_complete(path, num_parts):
-        _raise_if_marked(path)
+def _wait_for_parts(save: Save) -> None:
+    deadline, num_parts = time.monotonic() + save.timeout, save.header.num_parts
+    while not manifest.is_complete(save.path, num_parts):
+        _raise_if_marked(save.path)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not all of {num_parts} processes confirmed {path}")
+            raise TimeoutError(f"not all of {num_parts} processes confirmed {save.path}")
         time.sleep(0.02)
 
 

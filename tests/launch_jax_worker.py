@@ -54,6 +54,8 @@ with Preemption() as preemption:
         if step == 2 and mine:
             if behaviour == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if behaviour == "sleep":
+                time.sleep(600)
             if behaviour == "raise":
                 raise ValueError(f"boom on process {index}")
             if behaviour == "preempt":

@@ -43,6 +43,21 @@ def test_an_exception_in_one_worker_is_told_apart_from_its_consequences(tmp_path
     assert err.count("Traceback (most recent call last)") == 1
 
 
+def test_who_sleeps_is_told_from_who_waits_in_a_collective_and_both_show_their_stacks(
+    tmp_path, capfd
+):
+    limits = {"data": 2.0, "dispatch": 2.0, "wait": 2.0}
+    assert start(tmp_path, "sleep@1", "none@0", hang_timeouts=limits) == 0
+    err = capfd.readouterr().err
+    assert "last reported step 2, phase 'data' (data loading)." in err
+    assert re.search(
+        r"No progress for \d+ s at step 2\. Process 0 is in phase '(dispatch|wait)'", err
+    )
+    assert "did not answer" not in err
+    stacks = [tmp_path / "run" / "generation-0" / f"stacks-p{i}.txt" for i in (0, 1)]
+    assert all("launch_jax_worker.py" in path.read_text() for path in stacks)
+
+
 def test_processes_that_disagree_stop_before_training(tmp_path, capfd):
     assert start(tmp_path, "disagree@1", max_restarts=0) == 1
     assert "config: process 0 has 'lr=1', process 1 has 'lr=2'" in capfd.readouterr().err

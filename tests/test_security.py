@@ -150,3 +150,23 @@ def test_the_launcher_meets_on_loopback(tmp_path, capfd):
     launched = launch([sys.executable, "-c", code], num_processes=2, run_directory=tmp_path)
     assert launched == 0
     assert sorted(capfd.readouterr().out.splitlines()) == ["[p0] 127.0.0.1", "[p1] 127.0.0.1"]
+
+
+@pytest.mark.processes
+def test_nothing_listens_on_all_interfaces(tmp_path, capfd):
+    """In the kernel's own words; other systems have no such table.
+
+    The coordinator is on loopback, gloo on the address of the host's name.
+    """
+    worker = Path(__file__).with_name("listen_worker.py")
+    environ = os.environ | {"PYTHONPATH": str(worker.parents[1]), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(worker)]
+    assert launch(command, num_processes=2, run_directory=tmp_path, environ=environ) == 0
+    out = capfd.readouterr().out
+    found = [line.split()[1:] for line in out.splitlines() if "listens [0, 1]" in line]
+    assert len(found) == 2
+    addresses = [address for line in found for address in line[3:]]
+    assert len(addresses) == (3 if sys.platform == "linux" else 0)  # coordinator, gloo, gloo
+    assert all(address.strip("0") not in ("", "FFFF") for address in addresses), addresses
+    loopback = ("0100007F", "0" * 16 + "FFFF00000100007F", "0" * 24 + "01000000")
+    assert len(addresses) == 0 or any(address in loopback for address in found[0] + found[1])

@@ -132,4 +132,7 @@ def test_sigterm_to_one_process_saves_one_step_on_all_and_leaves_with_42(tmp_pat
     last = [max(r["step"] for r in records if r.get("process") == p) for p in (0, 1)]
     newest = max(int(p.name) for p in (tmp_path / "run").iterdir() if p.name.isdigit())
     assert last == [newest, newest]
+    [launched] = tmp_path.glob("launch-*")
+    end = json.loads((launched / "events.jsonl").read_text().splitlines()[-1])
+    assert [e["code"] for e in end["exits"]] == [42, 42]
     assert inspect(tmp_path / "run").problems == []

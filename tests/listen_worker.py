@@ -26,5 +26,5 @@ def listening():
 
 
 st.init_distributed()
-both = multihost_utils.process_allgather(np.int32(jax.process_index()))
-print("listens", both.tolist(), *sorted(listening()))
+both = multihost_utils.process_allgather(np.int32([jax.process_index()]))
+print("listens", both.ravel().tolist(), *sorted(listening()))

@@ -1,5 +1,6 @@
 """One of two processes: runs in which process 1 is not like process 0, and what each is told."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.errors import DistributedError
+from shardtrain.recovery import preflight
 
 st.init_distributed()
 odd = jax.process_index() == 1
@@ -56,6 +58,15 @@ def same_noise():
     return st.DataLoader(columns, 16, transform=noisy)
 
 
+@contextlib.contextmanager
+def other_version():
+    """An installation whose optax is not that of the others."""
+    installed = preflight.metadata.version
+    preflight.metadata.version = lambda name: "0.0" if odd and name == "optax" else installed(name)
+    yield
+    preflight.metadata.version = installed
+
+
 def make_plan(loader, width=8, rate=0.1):
     def model(rngs):
         return nnx.Sequential(nnx.Linear(4, width, rngs=rngs), nnx.Linear(width, 2, rngs=rngs))
@@ -74,6 +85,8 @@ def told(plan, loader, **options):
 
 good = st.DataLoader(columns, 16)
 plan = make_plan(good)
+with other_version():
+    version = told(plan, good)
 wide = st.DataLoader({**columns, "y": columns["y"].astype("int32" if not odd else "uint8")}, 16)
 report = {
     "other files": told(plan, other_files()),
@@ -83,6 +96,7 @@ report = {
     "other dtype": told(make_plan(wide), wide),
     "other learning rate": told(make_plan(good, rate=0.2 if odd else 0.1), good),
     "other width": told(make_plan(good, width=16 if odd else 8), good),
+    "other version": version,
     "other settings": told(plan, good, save_every=1 if odd else 2),
     "same": told(plan, same_noise()),
 }

@@ -52,6 +52,7 @@ def reports(tmp_path_factory):
         ("other dtype", "data fingerprint: ", "strategy"),
         ("other learning rate", "program: ", "data"),
         ("other width", "program: ", "data"),
+        ("other version", "optax: ", "program"),
         ("other settings", "save_every: ", "program"),
     ],
 )

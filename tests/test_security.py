@@ -161,6 +161,8 @@ def test_nothing_listens_on_all_interfaces(tmp_path, capfd):
     worker = Path(__file__).with_name("listen_worker.py")
     environ = os.environ | {"PYTHONPATH": str(worker.parents[1]), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(worker)]
+    assert launch(command, num_processes=1, run_directory=tmp_path, environ=environ) == 0
+    assert capfd.readouterr().out == "[p0] listens [0]\n"
     assert launch(command, num_processes=2, run_directory=tmp_path, environ=environ) == 0
     out = capfd.readouterr().out
     found = [line.split()[1:] for line in out.splitlines() if "listens [0, 1]" in line]

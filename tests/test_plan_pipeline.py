@@ -139,12 +139,13 @@ def test_explain_says_who_holds_what_and_what_is_sent(devices):
     assert sum(c.count for c in forward) == 5
 
 
-def test_the_program_does_not_grow_with_layers_or_microbatches(devices):
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble"])
+def test_the_program_does_not_grow_with_layers_or_microbatches(schedule, devices):
     """Nor, then, does compile time: as many lines of StableHLO for more of either."""
 
     def lines(layers, microbatches):
         model = functools.partial(Model, layers=layers, dropout=0.0)
-        strategy = f"data=4,pipeline=2,num_microbatches={microbatches}"
+        strategy = f"data=4,pipeline=2,num_microbatches={microbatches},schedule={schedule}"
         return make_plan(strategy, model)._lower_step().as_text().count("\n")
 
     few = lines(4, 2)

@@ -20,6 +20,7 @@ from shardtrain.pipeline.flight import (
     replaced,
 )
 from shardtrain.pipeline.head import add_first, add_sides, head
+from shardtrain.pipeline.residual import Residual
 from shardtrain.pipeline.split_backward import SplitBackward, split_backward
 from shardtrain.train.widen import widen
 
@@ -33,7 +34,8 @@ def backward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
     chunk = take(blocks, v)
     sides = tick.stages.sides(lambda m: tick.outer.at(m, {}), m, v)
     smooth = [n for n, grad in enumerate(tick.stages.model.side_grads) if grad]
-    y, pull = pullback(tick, chunk, states, sides, smooth, v, x)
+    store = flight.residuals, row["weight"]
+    y, pull = pullback(tick, chunk, states, sides, smooth, v, x, store)
     flight, loss_grad = head(tick, flight, m, active, v, y)
     last = jnp.arange(tick.schedule.num_stages) == tick.schedule.num_stages - 1
     last = last & (v == tick.schedule.virtual_stages - 1)
@@ -42,8 +44,7 @@ def backward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
     weights, d_soft, d_x = pull(tick.place.stages(g))
     d_x = tick.place.stages(d_x)
     if tick.schedule.splits_weight:
-        kept = put(flight.residuals, weights, row["weight"])
-        flight = dataclasses.replace(flight, residuals=kept)
+        flight = dataclasses.replace(flight, residuals=weights)
     else:
         flight = add_chunk(tick, flight, active, v, weights)
     flight = add_sides(tick, flight, active, m, v, smooth, d_soft)
@@ -55,8 +56,15 @@ def backward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
 
 
 def pullback(
-    tick: Tick, chunk: list, states: list, sides: list, smooth: list[int], v: jax.Array, x: list
-) -> tuple[list, Callable[[list], tuple[list, list, list]]]:
+    tick: Tick,
+    chunk: list,
+    states: list,
+    sides: list,
+    smooth: list[int],
+    v: jax.Array,
+    x: list,
+    store: tuple[Residual, jax.Array],
+) -> tuple[list, Callable[[list], tuple[Any, list, list]]]:
     """The stages' outputs again, and `gradient of outputs -> (weights, sides, inputs)`.
 
     `weights` is the parameters' gradient, or what slot W needs to compute it.
@@ -64,7 +72,7 @@ def pullback(
     soft = [sides[n] for n in smooth]
     floats = [a for a in x if is_float(a)]
     if tick.schedule.splits_weight:
-        return split_pullback(tick, chunk, states, sides, smooth, v, x)
+        return split_pullback(tick, chunk, states, sides, smooth, v, x, store)
 
     def stage(params: list[Any], soft: list[Any], floats: list[Any]) -> tuple[list, list]:
         y, _ = tick.stages.run(params, states, replaced(sides, smooth, soft), v, merge(x, floats))
@@ -75,58 +83,57 @@ def pullback(
 
 
 def split_pullback(
-    tick: Tick, chunk: list, states: list, sides: list, smooth: list[int], v: jax.Array, x: list
-) -> tuple[list, Callable[[list], tuple[list, list, list]]]:
+    tick: Tick,
+    chunk: list,
+    states: list,
+    sides: list,
+    smooth: list[int],
+    v: jax.Array,
+    x: list,
+    store: tuple[Residual, jax.Array],
+) -> tuple[list, Callable[[list], tuple[Residual, list, list]]]:
     """`pullback` for a backward cut in two: `weights` is the residual."""
     cut = cut_stage(tick, chunk, states, sides, smooth, x)
-    floats = [a for a in x if is_float(a)]
-    soft = [*(sides[n] for n in smooth), *floats]
-    given = [
-        *tick.stages.prepare(chunk), *soft, *states, *sides, *x, tick.stages.first_layer(v),
-    ]  # fmt: skip
-    over = lambda fn, args: jax.vmap(fn, spmd_axis_name=AXIS)(*args)
-    out = over(cut.forward, given)
-    y, kept = out[: cut.num_outputs], out[cut.num_outputs :]
+    over = lambda fn, *args: jax.vmap(fn, spmd_axis_name=AXIS)(*args)
+    shared, layered = over(tick.stages.inputs, states, sides, tick.stages.first_layer(v))
+    params = tick.stages.prepare(chunk)
+    y, kept = over(cut.forward, params, shared, layered, x)
 
-    def pull(g: list) -> tuple[list, list, list]:
-        out = over(cut.inputs, [*given, *kept, *g])
-        grads, residual = out[: cut.num_input_grads], out[cut.num_input_grads :]
-        return residual, grads[: len(smooth)], grads[len(smooth) :]
+    def pull(g: list) -> tuple[Residual, list, list]:
+        grads, residual = over(cut.inputs, params, shared, layered, kept, g, *store)
+        d_shared, d_layered, d_x = grads
+        return residual, [*d_shared, *d_layered], d_x
 
-    return merge_like(x, y[: len(floats)], y[len(floats) :]), pull
+    return y, pull
 
 
 def cut_stage(
     tick: Tick, chunk: list, states: list, sides: list, smooth: list[int], x: list
 ) -> SplitBackward:
     """The backward of one stage cut in two; `[P, ...]` arguments give the types."""
-    num_soft, num_states, num_sides = len(smooth), len(states), len(sides)
-
-    def stage(params: list, soft: list, fixed: list) -> tuple[list, list]:
-        states, rest = fixed[:num_states], fixed[num_states:]
-        values = replaced(rest[:num_sides], smooth, soft[:num_soft])
-        carry = merge(rest[num_sides : num_sides + len(x)], soft[num_soft:])
-        return floats_first(tick.stages.one(params, states, values, rest[-1], carry)[0])
-
+    stages = tick.stages
     one = lambda xs: [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in xs]
-    floats = [a for a in x if is_float(a)]
-    start = [jax.ShapeDtypeStruct((), jnp.int32)]
-    params = jax.eval_shape(tick.stages.prepare, chunk)
-    soft = [sides[n] for n in smooth]
+    start = jax.ShapeDtypeStruct((), jnp.int32)
+    shared, layered = jax.eval_shape(stages.inputs, one(states), one(sides), start)
+    before = 1 + len(states)  # in `layered`, the index and the states come before the sides
     return split_backward(
-        stage, one(params), one([*soft, *floats]), [*one([*states, *sides, *x]), *start]
-    )
+        lambda *given: stages.layer(stages.model.block, *given)[0],
+        one(jax.eval_shape(stages.prepare, chunk)), shared, layered, one(x),
+        ([n for n in smooth if n < len(shared)],
+         [n - len(shared) + before for n in smooth if n >= len(shared)]),
+    )  # fmt: skip
 
 
 def weights(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
     """Slot W: weight gradients from what slot B kept."""
     active, v = row["W"] >= 0, jnp.maximum(row["Wv"], 0)
     cut = cut_of(tick, flight, blocks)
-    kept = take(flight.residuals, row["weight_read"])
+    read = row["weight_read"]
+    kept = Residual(take(flight.residuals.once, read), take(flight.residuals.layers, read))
 
-    def gradients(chunk: list, kept: list) -> list:
+    def gradients(chunk: list, kept: Residual) -> list:
         prepared, pull = jax.vjp(tick.stages.prepare, chunk)
-        return pull(jax.vmap(cut.weights, spmd_axis_name=AXIS)(*prepared, *kept))[0]
+        return pull(jax.vmap(cut.weights, spmd_axis_name=AXIS)(prepared, kept))[0]
 
     return add_chunk(tick, flight, active, v, widen(gradients)(take(blocks, v), kept))
 

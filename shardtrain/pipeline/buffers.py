@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardtrain.pipeline.residual import Residual
+
 AXIS = "pipeline"
 
 
@@ -50,6 +52,11 @@ class Placement:
     def buffers(self, xs: Sequence[Any]) -> list[Any]:
         """`[P, buffer rows, rows, ...]`."""
         return [self._constrain(x, [AXIS, None], self.batch_axes) for x in xs]
+
+    def residuals(self, x: Residual) -> Residual:
+        """As `buffers`, and `[P, buffer rows, layers, rows, ...]`."""
+        layers = [self._constrain(a, [AXIS, None, None], self.batch_axes) for a in x.layers]
+        return Residual(self.buffers(x.once), layers)
 
     def microbatch(self, xs: Sequence[Any]) -> list[Any]:
         """`[rows, ...]` of one microbatch, the same on every stage."""

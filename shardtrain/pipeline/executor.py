@@ -68,7 +68,7 @@ def make_pipeline_grad(
             f"schedule {schedule.name!r} is for {schedule.num_stages} x {schedule.virtual_stages} "
             f"(stages x virtual stages), the parameters are laid out for {sizes[0]} x {sizes[1]}"
         )
-    stages = Stages(model, params_layout, gather, schedule.splits_weight)
+    stages = Stages(model, params_layout, gather)
 
     def grad_fn(params: StageMajor, variables: StageMajor, batch: Any, key: jax.Array) -> Gradients:
         rows = _rows(batch, schedule.num_microbatches)

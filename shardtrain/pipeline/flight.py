@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.pipeline.buffers import Placement, where
+from shardtrain.pipeline.residual import Residual
 from shardtrain.pipeline.schedule_table import Phase, SlotTable
 from shardtrain.pipeline.schedules import Schedule
 from shardtrain.pipeline.stage_map import Stages
@@ -65,7 +66,7 @@ class Flight:
     inputs: list[Any]
     input_states: list[Any]
     gradients: list[Any]
-    residuals: list[Any]
+    residuals: Residual
     states: list[Any]
     grads: list[Any]
     outer_grads: list[Any]
@@ -147,7 +148,7 @@ class Tick:
             flight,
             inputs=self.place.buffers(flight.inputs),
             gradients=self.place.buffers(flight.gradients),
-            residuals=self.place.buffers(flight.residuals),
+            residuals=self.place.residuals(flight.residuals),
             grads=[grads.blocks[leaf.name] for leaf in model.params],
             outer_grads=[grads.outer[p] for p in model.outer_params],
         )

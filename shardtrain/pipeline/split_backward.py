@@ -1,104 +1,159 @@
 """A stage's backward cut in two: input gradient now (slot B), weight gradient later (slot W).
 
-The stage and its `jax.vjp` are traced for a single stage; the flat program is cut by data flow:
-
-| part | equations | slot |
-|---|---|---|
-| `forward` | needed for the input gradient, independent of the arriving gradient | B |
-| `inputs` | needed for the input gradient, dependent on it | B |
-| `weights` | needed for the weight gradient only | W |
-
-What `weights` reads of the others, besides the parameters, is the *residual* B stores for W.
-Nothing is computed twice.
-
-Source of the idea: zero bubble pipeline parallelism, arXiv:2401.10241.
+One layer's gradient is cut (`cut_layer`), and each part is scanned over the layers of the stage:
+`forward` in order, `inputs` in reverse order, `weights` in any. So the program does not grow with
+the layers, and nothing is computed twice.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from shardtrain.pipeline.jaxprs import backward_slice, build, depends, flatten, variables
+from shardtrain.pipeline.cut_layer import LayerCut, cut_layer, split_sizes
+from shardtrain.pipeline.flight import floats_first, is_float, merge, merge_like, replaced
+from shardtrain.pipeline.residual import Residual
 
-Flat = Callable[..., list[Any]]
+LayerFn = Callable[[list, list, list, list], list]
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitBackward:
-    """The three parts, for one stage; all take and return flat lists.
+    """The three parts for one stage, its params and layered inputs `[layers, ...]`.
 
     Args:
-        forward: (params, others) -> outputs, then `num_kept` values.
-        inputs: (params, others, kept, gradients) -> gradients of the others, then residual.
-        weights: (params, residual) -> gradients of the parameters.
-        num_outputs: number of outputs.
-        num_input_grads: number of gradients of others.
-        residual: abstract values of the residual.
+        cut: the parts of one layer.
+        smooth: positions of the shared and of the layered inputs that have a gradient.
+        num_layers: layers of a stage.
     """
 
-    forward: Flat
-    inputs: Flat
-    weights: Flat
-    num_outputs: int
-    num_input_grads: int
-    residual: tuple[Any, ...]
+    cut: LayerCut
+    smooth: tuple[list[int], list[int]]
+    num_layers: int
+
+    def forward(
+        self, params: list, shared: list, layered: list, carry: list
+    ) -> tuple[list, tuple[list, list]]:
+        """Every layer in order: the last carry, and what `inputs` needs beside the gradient."""
+        once = self.cut.once(*shared)
+        known = once[: self.cut.num_once]
+
+        def layer(carry: list, xs: tuple[list, list]) -> tuple[list, list]:
+            out = self.cut.forward(*xs[0], *shared, *xs[1], *carry, *known)
+            return out[: len(carry)], out[len(carry) :]
+
+        carry, kept = jax.lax.scan(layer, carry, (params, layered))
+        return carry, (once, kept)
+
+    def inputs(
+        self,
+        params: list,
+        shared: list,
+        layered: list,
+        kept: tuple[list, list],
+        grads: list,
+        residuals: Residual,
+        row: jax.Array,
+    ) -> tuple[tuple[list, list, list], Residual]:
+        """Every layer in reverse order.
+
+        Args:
+            params, shared, layered: as for `forward`.
+            kept: from `forward`.
+            grads: gradients of the floating part of the last carry.
+            residuals: buffers `[rows, ...]`; written in place, as a copy of what all layers keep
+                for slot W would be the largest array of the stage.
+            row: the row to write.
+
+        Returns:
+            Gradients of the smooth shared, of the smooth layered and of the first carry's floating
+            values; and the buffers.
+        """
+        once, stored = kept
+        known, common = once[: self.cut.num_once], once[self.cut.num_once :]
+        smooth = [[shared[n] for n in self.smooth[0]], [layered[n] for n in self.smooth[1]]]
+        # A value that every layer reads has as many gradients: they are added in float32.
+        wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+        sums = [jnp.zeros(x.shape, wide(x)) for x in smooth[0]]
+        like = [grads, *smooth, self.cut.own]
+
+        def layer(state: tuple[list, list, list], xs: Any) -> tuple[tuple, list]:
+            (grads, sums, buffers), (n, params, layered, stored) = state, xs
+            out = self.cut.inputs(*params, *shared, *layered, *known, *stored, *grads)
+            d_carry, d_shared, d_layered, own = split_sizes(out, like)
+            added = [a + d.astype(a.dtype) for a, d in zip(sums, d_shared, strict=True)]
+            return (d_carry, added, write(buffers, own, (row, n))), d_layered
+
+        (d_carry, sums, layers), d_layered = jax.lax.scan(
+            layer,
+            (grads, sums, residuals.layers),
+            (jnp.arange(self.num_layers, dtype=row.dtype), params, layered, stored),
+            reverse=True,
+        )
+        d_shared = [a.astype(x.dtype) for a, x in zip(sums, smooth[0], strict=True)]
+        filled = Residual(write(residuals.once, common, (row,)), layers)
+        return (d_shared, d_layered, d_carry), filled
+
+    def weights(self, params: list, residual: Residual) -> list:
+        """Gradients of the params, layer by layer."""
+
+        def layer(_: None, xs: tuple[list, list]) -> tuple[None, list]:
+            return None, self.cut.weights(*xs[0], *residual.once, *xs[1])
+
+        return jax.lax.scan(layer, None, (params, residual.layers))[1]
+
+    @property
+    def residual(self) -> Residual:
+        """Abstract values of the residual of one stage."""
+        stacked = lambda x: jax.ShapeDtypeStruct((self.num_layers, *x.shape), x.dtype)
+        return Residual(list(self.cut.common), [stacked(x) for x in self.cut.own])
+
+
+def write(buffers: list, values: list, at: tuple[Any, ...]) -> list:
+    """`buffer[at] = value` for each."""
+    one = lambda b, x: jax.lax.dynamic_update_slice(
+        b, x.reshape((1,) * len(at) + x.shape), (*at, *[0] * x.ndim)
+    )
+    return [one(b, x) for b, x in zip(buffers, values, strict=True)]
 
 
 def split_backward(
-    stage: Callable[[list, list, list], tuple[list, list]], params: list, smooth: list, fixed: list
+    layer: LayerFn,
+    params: list,
+    shared: list,
+    layered: list,
+    carry: list,
+    smooth: tuple[list[int], list[int]],
 ) -> SplitBackward:
-    """Cut the backward of `stage(params, smooth, fixed) -> (floating, other) outputs`.
+    """Cut the backward of a stage of equal layers.
 
     Args:
-        stage: one stage; its layers must not be in a scan, which cannot be cut.
-        params: abstract parameters: differentiated in W.
-        smooth: abstract inputs: differentiated in B.
-        fixed: abstract inputs that carry no gradient.
+        layer: (params, shared, layered, carry) -> carry, of one layer.
+        params: abstract parameters `[layers, ...]`: differentiated in W.
+        shared: abstract inputs that are the same for all layers.
+        layered: abstract inputs `[layers, ...]`.
+        carry: abstract carry; its floating values are differentiated in B.
+        smooth: positions of the shared and of the layered inputs to differentiate, in B.
     """
-    floats, rest_out = jax.eval_shape(stage, params, smooth, fixed)
-    num_outputs = len(floats) + len(rest_out)
 
-    def whole(params: list, smooth: list, fixed: list, grads: list) -> Any:
-        y, pull, z = jax.vjp(lambda p, s: stage(p, s, fixed), params, smooth, has_aux=True)
-        d_params, d_smooth = pull(grads)
-        return y, z, d_smooth, d_params
+    def gradient(
+        params: list, shared: list, layered: list, carry: list, grads: list
+    ) -> tuple[list, list, list]:
+        soft = [shared[n] for n in smooth[0]], [layered[n] for n in smooth[1]]
 
-    program = flatten(jax.make_jaxpr(whole)(params, smooth, fixed, floats), inline_remat=True)
-    eqns, consts = program.eqns, program.consts
-    sizes = [len(params), len(smooth) + len(fixed), len(floats)]
-    own, others, grads = _cut(program.invars, sizes)
-    y, d_smooth, d_params = _cut(program.outvars, [num_outputs, len(smooth), len(params)])
+        def run(params: list, floats: list, soft: tuple[list, list]) -> tuple[list, list]:
+            given = replaced(shared, smooth[0], soft[0]), replaced(layered, smooth[1], soft[1])
+            return floats_first(layer(params, *given, merge(carry, floats)))
 
-    late = depends(eqns, grads)
-    urgent = backward_slice(eqns, [*y, *d_smooth])
-    now = {id(eqn) for eqn in urgent}
-    rest = [eqn for eqn in backward_slice(eqns, d_params) if id(eqn) not in now]
-    first = [eqn for eqn in urgent if not late.intersection(eqn.outvars)]
-    second = [eqn for eqn in urgent if late.intersection(eqn.outvars)]
-    made = {v for eqn in first for v in eqn.outvars}
-    reads = lambda part: {v for eqn in part for v in variables(eqn.invars)}
-    wanted = reads(rest) | set(variables(d_params))
-    inside = {v for eqn in rest for v in eqn.outvars} | set(own) | set(consts)
-    # In the order of their making: every process must build the same program.
-    order = [*program.invars, *(v for eqn in eqns for v in eqn.outvars)]
-    residual = [v for v in order if v in wanted - inside]
-    later = reads(second) | set(residual) | set(variables(d_smooth))
-    kept = [v for v in order if v in made & later]
-    return SplitBackward(
-        forward=build(first, [*own, *others], [*y, *kept], consts),
-        inputs=build(second, [*own, *others, *kept, *grads], [*d_smooth, *residual], consts),
-        weights=build(rest, [*own, *residual], d_params, consts),
-        num_outputs=num_outputs,
-        num_input_grads=len(smooth),
-        residual=tuple(v.aval for v in residual),
-    )
+        floats = floats_first(carry)[0]
+        y, pull, others = jax.vjp(run, params, floats, soft, has_aux=True)
+        d_params, d_floats, (d_shared, d_layered) = pull(grads)
+        return merge_like(carry, y, others), [*d_floats, *d_shared, *d_layered], d_params
 
-
-def _cut(values: Sequence[Any], sizes: list[int]) -> list[list[Any]]:
-    cuts, at = [], 0
-    for size in sizes:
-        cuts.append(list(values[at : at + size]))
-        at += size
-    return cuts
+    one = lambda xs: [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+    grads = [x for x in carry if is_float(x)]
+    num_layers = layered[0].shape[0]
+    args = one(params), shared, one(layered), carry, grads
+    return SplitBackward(cut_layer(gradient, args, num_layers), smooth, num_layers)

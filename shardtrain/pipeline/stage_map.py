@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.pipeline.buffers import AXIS
-from shardtrain.pipeline.classify import Extracted
+from shardtrain.pipeline.classify import Extracted, Flat
 from shardtrain.pipeline.stages import StageLayout
 
 
@@ -26,14 +26,11 @@ class Stages:
         layout: sizes (stages, virtual stages, layers per chunk).
         gather: brings chunks `[P, layers, ...]` from the layout they are stored in (fsdp shards)
             to the one the computation uses; differentiated through.
-        unroll: spell the layers of a chunk out instead of scanning them (a scan's backward cannot
-            be cut in two).
     """
 
     model: Extracted
     layout: StageLayout
     gather: Callable[[list], list] = lambda params: params
-    unroll: bool = False
 
     def first_carry(self, outer: Sequence[Any]) -> list[Any]:
         """`pre`, and empty rows for what the blocks will report to `post`."""
@@ -83,30 +80,34 @@ class Stages:
         self, params: list, states: list, sides: list, start: jax.Array, carry: list
     ) -> tuple[list, list]:
         """One stage's chunk, `start` its first layer: `(carry, new states [layers, ...])`."""
-        shared, layered = sides[: self.model.num_shared], sides[self.model.num_shared :]
-        num_carry, num_states = len(self.model.carry), len(self.model.states)
+        shared, layered = self.inputs(states, sides, start)
         block = self.model.block
-        if self.model.remat is not None and not self.unroll:
+        if self.model.remat is not None:
             policy: Any = self.model.remat["policy"]
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        layer = lambda carry, xs: self.layer(block, xs[0], shared, xs[1], carry)
+        return jax.lax.scan(layer, carry, (params, layered))
 
-        def layer(carry: list, xs: Any) -> tuple[list, list]:
-            index, params, states, layered = xs
-            kept, reports = carry[:num_carry], carry[num_carry:]
-            out = block(*params, *states, *layered, *shared, *kept)
-            found = out[num_carry + num_states :]
-            rows = jnp.arange(self.layout.count) == index
-            reports = [
-                jnp.where(rows.reshape(-1, *(1,) * new.ndim), new, old)
-                for new, old in zip(found, reports, strict=True)
-            ]
-            return [*out[:num_carry], *reports], out[num_carry : num_carry + num_states]
+    def inputs(self, states: list, sides: list, start: jax.Array) -> tuple[list, list]:
+        """What one stage's layers read beside parameters and carry: shared, and `[layers, ...]`.
 
-        xs = (start + jnp.arange(self.layout.per_chunk), params, states, layered)
-        if not self.unroll:
-            return jax.lax.scan(layer, carry, xs)
-        new = []
-        for n in range(self.layout.per_chunk):
-            carry, states = layer(carry, jax.tree.map(lambda x: x[n], xs))
-            new.append(states)
-        return carry, [jnp.stack(each) for each in zip(*new, strict=True)]
+        The latter are the layer's index, its states, and its own part of `sides`.
+        """
+        index = start + jnp.arange(self.layout.per_chunk)
+        return sides[: self.model.num_shared], [index, *states, *sides[self.model.num_shared :]]
+
+    def layer(
+        self, block: Flat, params: list, shared: list, layered: list, carry: list
+    ) -> tuple[list, list]:
+        """One layer, `block` or `block` rematerialised: `(carry, new states)`."""
+        num_carry, num_states = len(self.model.carry), len(self.model.states)
+        index, *own = layered
+        kept, reports = carry[:num_carry], carry[num_carry:]
+        out = block(*params, *own, *shared, *kept)
+        found = out[num_carry + num_states :]
+        rows = jnp.arange(self.layout.count) == index
+        reports = [
+            jnp.where(rows.reshape(-1, *(1,) * new.ndim), new, old)
+            for new, old in zip(found, reports, strict=True)
+        ]
+        return [*out[:num_carry], *reports], out[num_carry : num_carry + num_states]

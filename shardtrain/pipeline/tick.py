@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from shardtrain.pipeline.backward import backward, cut_of, weights
 from shardtrain.pipeline.buffers import put, take, where, zeros_like
 from shardtrain.pipeline.flight import Flight, Row, Tick, is_float
+from shardtrain.pipeline.residual import Residual
 
 
 def start(tick: Tick, blocks: list[Any], states: list[Any]) -> Flight:
@@ -26,7 +27,7 @@ def start(tick: Tick, blocks: list[Any], states: list[Any]) -> Flight:
             inputs=[buffer(table.stash_rows, c) for c in carry],
             input_states=[buffer(table.stash_rows, s) for s in slots],
             gradients=[buffer(table.gradient_rows, c) for c in carry if is_float(c)],
-            residuals=[],
+            residuals=Residual([], []),
             states=states,
             grads=[wide(x) for x in blocks],
             outer_grads=[wide(x) for x in tick.outer.params],
@@ -36,8 +37,10 @@ def start(tick: Tick, blocks: list[Any], states: list[Any]) -> Flight:
     )
     if not tick.schedule.splits_weight:
         return flight
-    kept = [buffer(table.weight_rows, x) for x in cut_of(tick, flight, blocks).residual]
-    return dataclasses.replace(flight, residuals=tick.place.buffers(kept))
+    kept = jax.tree.map(
+        lambda x: buffer(table.weight_rows, x), cut_of(tick, flight, blocks).residual
+    )
+    return dataclasses.replace(flight, residuals=tick.place.residuals(kept))
 
 
 def run(tick: Tick, flight: Flight, row: Row, blocks: list[Any], slots: tuple[str, ...]) -> Flight:

@@ -140,9 +140,8 @@ def fit(
         "has a state": state is not None, "save_every": save_every, "max_to_keep": max_to_keep,
         "eval_every": eval_every, "snapshot_every": snapshot_every, "guard": guard,
         "check_replicas_every": check_replicas_every,
-        "eval data": None if eval_loader is None else eval_loader.describe(),
     }  # fmt: skip
-    check_run(plan, loader, settings)
+    check_run(plan, {"data": loader, "eval data": eval_loader}, settings)
     saved = SavedStates(path, plan, loader, max_to_keep, in_memory=snapshot_every is not None)
     state, resumed = saved.resume(lambda: plan.init(seed) if state is None else state)
     result = FitResult(state=state, directory=path)

@@ -97,6 +97,7 @@ report = {
     "other learning rate": told(make_plan(good, rate=0.2 if odd else 0.1), good),
     "other width": told(make_plan(good, width=16 if odd else 8), good),
     "other version": version,
+    "other eval data": told(plan, good, eval_loader=other_files() if odd else None),
     "other settings": told(plan, good, save_every=1 if odd else 2),
     "same": told(plan, same_noise()),
 }

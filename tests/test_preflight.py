@@ -53,6 +53,7 @@ def reports(tmp_path_factory):
         ("other learning rate", "program: ", "data"),
         ("other width", "program: ", "data"),
         ("other version", "optax: ", "program"),
+        ("other eval data", "eval data: ", "program"),
         ("other settings", "save_every: ", "program"),
     ],
 )

@@ -328,13 +328,13 @@ def test_copies_that_differ_stop_the_run_and_distrust_what_was_saved_since(plan,
 
 def test_facts_that_all_processes_must_share_include_program_and_settings(plan):
     settings = {"num_steps": STEPS}
-    facts = run_facts(plan, loader(), settings)
-    assert facts == run_facts(plan, loader(), settings)
+    facts = run_facts(plan, {"data": loader()}, settings)
+    assert facts == run_facts(plan, {"data": loader()}, settings)
     assert set(facts) >= {"jax", "jaxlib", "num_steps", "program", "strategy", "data fingerprint"}
     batch = loader().abstract_batch
     half = lambda model, batch: st.cross_entropy(0.5 * model(batch["x"]), batch["y"])
     other = st.plan(Network, half, optax.adam(1e-2), batch, "data=4,fsdp=2")
-    found = run_facts(other, loader(), settings)
+    found = run_facts(other, {"data": loader()}, settings)
     assert [name for name in facts if facts[name] != found[name]] == ["program"]
 
 

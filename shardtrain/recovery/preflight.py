@@ -20,20 +20,22 @@ from shardtrain.plan import Plan
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _ROWS = 8
 
+Loaders = Mapping[str, DataLoader | None]
 
-def check_run(plan: Plan, loader: DataLoader, settings: Mapping[str, Any]) -> None:
+
+def check_run(plan: Plan, loaders: Loaders, settings: Mapping[str, Any]) -> None:
     """Several processes: all are about to run the same thing. Collective, compiles nothing.
 
     Args:
       plan: What will be trained.
-      loader: Where the batches come from.
+      loaders: Where the batches come from, by what they are for ("data", "eval data").
       settings: Of the loop: a process that saves or evaluates at other steps would wait for ever.
 
     Raises:
       DistributedError: On every process; names what differs and the odd process out.
     """
     if jax.process_count() > 1:
-        check_agreement(run_facts(plan, loader, settings))
+        check_agreement(run_facts(plan, loaders, settings))
 
 
 def check_first_batch(loader: DataLoader, step: int, skip: Collection[int] = ()) -> None:
@@ -47,11 +49,13 @@ def check_first_batch(loader: DataLoader, step: int, skip: Collection[int] = ())
         check_agreement({"steps left out": str(sorted(skip)), **first_batch_facts(loader, step)})
 
 
-def run_facts(plan: Plan, loader: DataLoader, settings: Mapping[str, Any]) -> dict[str, str]:
+def run_facts(plan: Plan, loaders: Loaders, settings: Mapping[str, Any]) -> dict[str, str]:
     """What must be the same on all processes: versions, configuration, data set, program."""
     facts: dict[str, Any] = {name: metadata.version(name) for name in _PACKAGES}
     facts |= {**settings, **plan.describe()}
-    facts |= {f"data {name}": value for name, value in loader.describe().items()}
+    for use, loader in loaders.items():
+        described = {"": None} if loader is None else loader.describe()
+        facts |= {f"{use} {name}".rstrip(): value for name, value in described.items()}
     facts |= {"program": fingerprint(plan.program_text())}
     return {name: str(value) for name, value in facts.items()}
 

@@ -29,3 +29,10 @@ def devices():
     found = jax.devices()
     assert len(found) == 8, f"tests need 8 CPU devices, found {len(found)}"
     return found
+
+
+@pytest.fixture(autouse=True)
+def _eight_devices_remain():
+    """A test that leaves fewer devices to the tests after it fails by its own name."""
+    yield
+    assert jax.config.jax_num_cpu_devices == 8, "the test changed the number of devices"

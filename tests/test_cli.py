@@ -401,7 +401,7 @@ main(sys.argv[1:])
 
 def test_a_killed_run_is_found_in_memory(text, tmp_path, capsys):
     out = tmp_path / "run"
-    command = [*TINY, "--data", str(text), "--out", str(out), "--strategy", "data=2"]
+    command = [*TINY, "--data", str(text), "--out", str(out), "--strategy", "data=8"]
     command += ["--steps", "6", "--save-every", "100", "--snapshot-every", "1"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     killed = subprocess.run([sys.executable, "-c", KILLED_AT_4, *command], env=environment)
@@ -417,7 +417,7 @@ def test_a_killed_run_is_found_in_memory(text, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_unless_the_guard_is_off(text, tmp_path, capsys):
-    command = [*TINY, "--data", str(text), "--strategy", "data=2", "--steps", "8", "--lr", "1e30"]
+    command = [*TINY, "--data", str(text), "--strategy", "data=8", "--steps", "8", "--lr", "1e30"]
     command += ["--save-every", "100", "--sample", "0"]
     assert main([*command, "--out", str(tmp_path / "on")]) == 2
     assert "There is no good state to go back to" in said(capsys)[1]

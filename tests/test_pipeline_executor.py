@@ -136,6 +136,40 @@ def test_every_schedule_equals_one_device(model, schedule, sizes, options, devic
     assert_equal(variables, expected.variables, "variable")
 
 
+def temp_bytes(schedule, sizes, microbatches, virtual=1, rows=64, mode="dry"):
+    """The compiler's temporary bytes on one device, and the run."""
+    model = lambda rngs: NnxModel(rngs, mode)
+    run = Pipelined(model, schedule, sizes, microbatches, virtual, rows=rows * microbatches)
+    step, args = run.lowered()
+    return step.lower(*args).compile().memory_analysis().temp_size_in_bytes, run
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sizes", "virtual", "counts", "rows"),
+    [
+        ("1f1b", {"data": 2, "pipeline": 4}, 1, (4, 7, 16), (4, 7, 7)),
+        ("gpipe", {"pipeline": 4}, 1, (4, 7, 16), (4, 7, 16)),
+        ("interleaved", {"pipeline": 2}, 2, (2, 4, 8), (4, 5, 5)),
+    ],
+    ids=["1f1b", "gpipe", "interleaved"],
+)
+def test_memory_is_the_stash_the_table_declares(schedule, sizes, virtual, counts, rows, devices):
+    """Between numbers of microbatches, the rows of the stash and the tokens are all that differs.
+
+    Tokens cost each microbatch the same, so two differences determine them and prove the rest.
+    """
+    found = [temp_bytes(schedule, sizes, count, virtual) for count in counts]
+    assert tuple(run.schedule.table.stash_rows for _, run in found) == rows
+    assert tuple(max(run.schedule.peak_activations) for _, run in found) == rows
+    ((carried,), share) = found[0][1].model.carry, sizes.get("data", 1)
+    assert carried.shape == (64, 6, 8)
+    stash = np.array([64 * 6 * 8 * 4 // share * n for n in rows])  # float32 stage inputs
+    rest = np.array([temp for temp, _ in found]) - stash
+    tokens = np.diff(rest) / np.diff(counts)
+    assert 0 < tokens[1] <= 3 * 64 * 6 * 4 // share  # tokens, targets and mask of a microbatch
+    np.testing.assert_allclose(tokens[0], tokens[1], rtol=0.01)
+
+
 def test_1f1b_needs_the_same_memory_for_any_number_of_microbatches(devices):
     temp = {}
     for schedule, count in [("1f1b", 8), ("1f1b", 64), ("gpipe", 8), ("gpipe", 64)]:

@@ -39,7 +39,8 @@ def backward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
     flight, loss_grad = head(tick, flight, m, active, v, y)
     last = jnp.arange(tick.schedule.num_stages) == tick.schedule.num_stages - 1
     last = last & (v == tick.schedule.virtual_stages - 1)
-    g = take(flight.gradients, row["gradient"])
+    gradients = put(flight.gradients, flight.sent_gradients, row["gradient_arrival"])
+    g = take(gradients, row["gradient"])
     g = where(last, [jnp.broadcast_to(h, a.shape) for h, a in zip(loss_grad, g, strict=True)], g)
     weights, d_soft, d_x = pull(tick.place.stages(g))
     d_x = tick.place.stages(d_x)
@@ -49,10 +50,8 @@ def backward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
         flight = add_chunk(tick, flight, active, v, weights)
     flight = add_sides(tick, flight, active, m, v, smooth, d_soft)
     flight = add_first(tick, flight, active, m, v, d_x)
-    arrived = tick.place.stages([jnp.roll(g, -1, axis=0) for g in d_x])
-    return dataclasses.replace(
-        flight, gradients=put(flight.gradients, arrived, row["gradient_arrival"])
-    )
+    sent = tick.place.stages([jnp.roll(g, -1, axis=0) for g in d_x])
+    return dataclasses.replace(flight, gradients=gradients, sent_gradients=sent)
 
 
 def pullback(

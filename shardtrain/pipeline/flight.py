@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shardtrain.pipeline.buffers import Placement, where
 from shardtrain.pipeline.residual import Residual
@@ -13,6 +14,7 @@ from shardtrain.pipeline.schedule_table import Phase, SlotTable
 from shardtrain.pipeline.schedules import Schedule
 from shardtrain.pipeline.stage_map import Stages
 from shardtrain.pipeline.stages import StageMajor
+from shardtrain.pipeline.tasks import Kind
 
 Row = dict[str, jax.Array]
 
@@ -57,6 +59,9 @@ class Flight:
         input_states: block variables as the forward saw them, stashed next to the inputs.
         gradients: arrived gradients `[P, gradient rows + 1, ...]`, of floating inputs only.
         residuals: what slot W needs of slot B, `[P, weight rows + 1, ...]`.
+        sent, sent_gradients: what arrived from the neighbours `[P, ...]`; the next tick puts it
+            into `inputs` and `gradients` before it reads them. Written after a read, a whole
+            buffer would be copied in every tick.
         states: the blocks' variables now, `[P, V, layers, ...]`.
         grads, outer_grads: gradient sums, float32.
         sums: loss, weight and metrics so far.
@@ -67,6 +72,8 @@ class Flight:
     input_states: list[Any]
     gradients: list[Any]
     residuals: Residual
+    sent: list[Any]
+    sent_gradients: list[Any]
     states: list[Any]
     grads: list[Any]
     outer_grads: list[Any]
@@ -80,15 +87,23 @@ def rows_of(table: SlotTable, phase: Phase) -> Row:
     row = {
         "stash": table.stash_row,
         "backward": table.backward_row,
-        "arrival": table.arrival_row,
+        "arrival": _next(table, "F", table.arrival_row, table.stash_rows),
         "gradient": table.gradient_row,
-        "gradient_arrival": table.gradient_arrival_row,
+        "gradient_arrival": _next(table, "B", table.gradient_arrival_row, table.gradient_rows),
         "weight": table.weight_row,
         "weight_read": table.weight_read_row,
     }
     for kind in phase.slots:
         row |= {kind: table.microbatch[kind], f"{kind}v": table.virtual_stage[kind]}
     return {name: jnp.asarray(column[part]) for name, column in row.items()}
+
+
+def _next(table: SlotTable, kind: Kind, column: np.ndarray, trash: int) -> np.ndarray:
+    """A column of arrivals, moved to the next tick with the slot that reads what arrived."""
+    ticks = [t for p in table.phases if kind in p.slots for t in range(p.start, p.stop)]
+    moved = np.full_like(column, trash)
+    moved[ticks[1:]] = column[ticks[:-1]]
+    return moved
 
 
 def is_float(x: Any) -> bool:
@@ -149,6 +164,8 @@ class Tick:
             inputs=self.place.buffers(flight.inputs),
             gradients=self.place.buffers(flight.gradients),
             residuals=self.place.residuals(flight.residuals),
+            sent=self.place.stages(flight.sent),
+            sent_gradients=self.place.stages(flight.sent_gradients),
             grads=[grads.blocks[leaf.name] for leaf in model.params],
             outer_grads=[grads.outer[p] for p in model.outer_params],
         )

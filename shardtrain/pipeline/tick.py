@@ -28,6 +28,8 @@ def start(tick: Tick, blocks: list[Any], states: list[Any]) -> Flight:
             input_states=[buffer(table.stash_rows, s) for s in slots],
             gradients=[buffer(table.gradient_rows, c) for c in carry if is_float(c)],
             residuals=Residual([], []),
+            sent=[jnp.zeros((p, *c.shape), c.dtype) for c in carry],
+            sent_gradients=[jnp.zeros((p, *c.shape), c.dtype) for c in carry if is_float(c)],
             states=states,
             grads=[wide(x) for x in blocks],
             outer_grads=[wide(x) for x in tick.outer.params],
@@ -44,27 +46,24 @@ def start(tick: Tick, blocks: list[Any], states: list[Any]) -> Flight:
 
 
 def run(tick: Tick, flight: Flight, row: Row, blocks: list[Any], slots: tuple[str, ...]) -> Flight:
-    """All slots of one tick, then the sends."""
-    sent: list[Any] = []
+    """All slots of one tick."""
     if "F" in slots:
-        flight, sent = forward(tick, flight, row, blocks)
+        flight = forward(tick, flight, row, blocks)
     if "B" in slots:
         flight = backward(tick, flight, row, blocks)
     if "W" in slots:
         flight = weights(tick, flight, row, blocks)
-    if "F" in slots:
-        arrived = tick.place.stages([jnp.roll(y, 1, axis=0) for y in sent])
-        flight = dataclasses.replace(flight, inputs=put(flight.inputs, arrived, row["arrival"]))
     return tick.keep(flight)
 
 
-def forward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> tuple[Flight, list[Any]]:
+def forward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> Flight:
     """Slot F: every stage runs its chunk on a new or an arrived input and stashes that input."""
     active, m = row["F"] >= 0, jnp.maximum(row["F"], 0)
     v = jnp.maximum(row["Fv"], 0)
     stage = jnp.arange(tick.schedule.num_stages)
     entering = first_carry(tick, m[0], active[0] & (v[0] == 0))
-    x = take(flight.inputs, row["stash"])
+    inputs = put(flight.inputs, flight.sent, row["arrival"])
+    x = take(inputs, row["stash"])
     x = where(
         (stage == 0) & (v == 0),
         [jnp.broadcast_to(f, y.shape) for f, y in zip(entering, x, strict=True)],
@@ -74,13 +73,14 @@ def forward(tick: Tick, flight: Flight, row: Row, blocks: list[Any]) -> tuple[Fl
     states = take(flight.states, v)
     sides = tick.stages.sides(lambda m: tick.outer.at(m, {}), m, v)
     y, new = tick.stages.run(take(blocks, v), states, sides, v, x)
-    flight = dataclasses.replace(
+    sent = [jnp.roll(a, 1, axis=0) for a in tick.place.stages(y)]
+    return dataclasses.replace(
         flight,
-        inputs=put(flight.inputs, x, row["stash"]),
+        inputs=put(inputs, x, row["stash"]),
         input_states=put(flight.input_states, states, row["stash"]),
+        sent=tick.place.stages(sent),
         states=put(flight.states, where(active, new, states), v),
     )
-    return flight, tick.place.stages(y)
 
 
 def first_carry(tick: Tick, m: jax.Array, active: jax.Array) -> list[Any]:

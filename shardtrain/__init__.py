@@ -44,9 +44,11 @@ _EXPORTS = {
     "explore": "explore",
     "export": "checkpoint",
     "fit": "fit",
+    "freeze": "modules",
     "hardware": "hardware",
     "init_distributed": "launch",
     "inspect": "checkpoint",
+    "lora": "modules",
     "plan": "plan",
     "replay_step": "recovery",
     "replica_divergence": "checkpoint",
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from shardtrain.modules import Functional as Functional
     from shardtrain.modules import Mean as Mean
     from shardtrain.modules import cross_entropy as cross_entropy
+    from shardtrain.modules import freeze as freeze
+    from shardtrain.modules import lora as lora
     from shardtrain.monitoring.callbacks import Callback as Callback
     from shardtrain.monitoring.guard import LossGuard as LossGuard
     from shardtrain.monitoring.metrics_log import TensorBoardLog as TensorBoardLog

@@ -45,6 +45,14 @@ def test_quickstart_is_short():
     assert len(lines) <= 24
 
 
+def test_lora_adapts_to_negatives(tmp_path):
+    out = run_example("lora.py", tmp_path)
+    before, after = map(float, re.findall(r"negatives, (?:before|after): accuracy (\S+)", out))
+    assert before < 0.1
+    assert after > 0.7
+    assert "3.2% of the model's" in out
+
+
 def test_digits_cnn_reads_handwriting(tmp_path):
     out = run_example("digits_cnn.py", tmp_path)
     (accuracy,) = re.findall(r"test accuracy (\S+)% on 400 digits", out)

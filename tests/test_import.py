@@ -32,8 +32,8 @@ PUBLIC = """
 AllReduce AsyncJob Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8
 Functional Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign
 Strategy TensorBoardLog TopK TrainState VerifyReport assert_collectives async_ps cross_entropy
-evaluate explain_oom explore export fit hardware init_distributed inspect ops plan planner
-replay_step replica_divergence restore simulate verify
+evaluate explain_oom explore export fit freeze hardware init_distributed inspect lora ops plan
+planner replay_step replica_divergence restore simulate verify
 """
 
 

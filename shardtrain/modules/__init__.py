@@ -8,6 +8,7 @@ import flax.linen as nn
 from flax import nnx
 
 from shardtrain.errors import ModelError
+from shardtrain.modules.adapt import Adapted, adapted_form, freeze, lora
 from shardtrain.modules.form import Functional, ModelForm
 from shardtrain.modules.functional_form import functional_form
 from shardtrain.modules.linen_form import linen_form
@@ -19,8 +20,8 @@ def model_form(model: Any, example: Callable[..., Any], batch: Any) -> ModelForm
     """Bring a model of any supported kind into one functional form; allocates nothing.
 
     Args:
-      model: Linen module, NNX module, `rngs -> nnx.Module`, or `Functional`; a form is returned as
-        it is.
+      model: Linen module, NNX module, `rngs -> nnx.Module`, `Functional`, or one of these through
+        `lora` or `freeze`; a form is returned as it is.
       example: `example(model, batch)` calls the model as the loss does.
       batch: Abstract batch.
 
@@ -29,6 +30,8 @@ def model_form(model: Any, example: Callable[..., Any], batch: Any) -> ModelForm
     """
     if isinstance(model, ModelForm):
         return model
+    if isinstance(model, Adapted):
+        return adapted_form(model_form(model.model, example, batch), model, example, batch)
     if isinstance(model, Functional):
         return functional_form(model)
     if isinstance(model, nn.Module):
@@ -49,12 +52,15 @@ def model_form(model: Any, example: Callable[..., Any], batch: Any) -> ModelForm
 
 
 __all__ = [
+    "Adapted",
     "Aux",
     "Functional",
     "LossOutput",
     "Mean",
     "ModelForm",
     "cross_entropy",
+    "freeze",
+    "lora",
     "model_form",
     "standardize",
 ]

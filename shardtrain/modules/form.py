@@ -28,6 +28,8 @@ class ModelForm:
       blocks: Paths of the repeated blocks (layers), for remat and pipelines.
       initial: `(params, variables)` of a model that already has values.
       model: The user's object.
+      base: The form of the model that this one adapts (`st.lora`, `st.freeze`).
+      adopt: `(key, values of base) -> (params, variables)`; values None: those `base` was given.
     """
 
     kind: str
@@ -41,6 +43,8 @@ class ModelForm:
     blocks: tuple[str, ...] = ()
     initial: tuple[Any, Any] | None = None
     model: Any = None
+    base: "ModelForm | None" = None
+    adopt: Callable[[jax.Array, Any], tuple[Any, Any]] | None = None
 
     def __post_init__(self) -> None:
         if not jax.tree.leaves(self.abstract_params):

@@ -99,13 +99,14 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         Args:
           seed: Seed of the parameters (as `jax.random.key(seed)`) and of the run's random keys.
           variables: Start from these values instead: an NNX module, Linen variables
-            (`{"params": ...}`), or a params pytree. Copied, never donated.
+            (`{"params": ...}`), or a params pytree; for an adapted model (`st.lora`) those of the
+            model itself. Copied, never donated.
 
         Raises:
           ModelError: The given values do not have the model's paths, shapes and dtypes.
         """
         self._need_devices("init")
-        given = self.form.initial if variables is None else self._given(variables)
+        given = self._start_values(seed, variables)
         shardings = self.layout.state_shardings
         if given is None:
             init = self.form.init

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from shardtrain.modules import ModelForm
+from shardtrain.modules.adapt import FROZEN
 from shardtrain.partitioning import Inferred
 from shardtrain.partitioning.infer.solve import Solution, solve
 from shardtrain.partitioning.infer.table import AxisTable, infer_axes
@@ -49,11 +50,18 @@ def axis_table(form: ModelForm, loss: LossFn, batch: Any) -> AxisTable:
       batch: One abstract microbatch.
     """
 
+    # What an adapted model leaves frozen is sharded like the rest.
+    frozen = {k: v for k, v in form.abstract_variables.items() if k == FROZEN and form.base}
+
     def total(params: Any, batch: Any) -> Any:
         variables = jax.tree.map(_placeholder, form.abstract_variables)
+        if frozen:
+            variables |= {FROZEN: params[FROZEN]}
+            params = {k: v for k, v in params.items() if k != FROZEN}
         return loss(params, variables, batch, jax.random.key(0))[0].loss.total
 
-    return infer_axes(total, form.abstract_params, batch)
+    params = {**form.abstract_params, **frozen} if frozen else form.abstract_params
+    return infer_axes(total, params, batch)
 
 
 def infer_layout(

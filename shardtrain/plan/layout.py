@@ -11,7 +11,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardtrain.modules import ModelForm
+from shardtrain.modules.adapt import FROZEN
 from shardtrain.partitioning import (
+    Inferred,
     LeafPlan,
     batch_specs,
     check_replication,
@@ -20,6 +22,7 @@ from shardtrain.partitioning import (
 )
 from shardtrain.partitioning.batch import leaf_names
 from shardtrain.partitioning.rules import BATCH_AXES, check_rules, check_used
+from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.inference import InferredLayout
 from shardtrain.pytree import leaves_by_path, map_with_path
 from shardtrain.strategy import Strategy
@@ -69,6 +72,18 @@ class Layout:
         """The shardings of `batch` alone."""
         return jax.tree.map(lambda x: x.sharding, self.batch)
 
+    def gather(self) -> Callable[[Any], Any]:
+        """A function that takes parameters stored over fsdp to where they are used."""
+        return gather_at_use(self.mesh, self.compute_specs, self.full_specs)
+
+    def gather_frozen(self) -> Callable[[Any], Any]:
+        """The same for the frozen parameters of an adapted model."""
+        specs = lambda sharded: map_with_path(
+            lambda path, _: self.variables[f"{FROZEN}/{path}"].spec(sharded),
+            self.state.variables[FROZEN],
+        )
+        return gather_at_use(self.mesh, specs(False), specs(True))
+
     def constrain(self, specs: Any, leading: Any = None) -> Callable[[Any], Any]:
         """A function that keeps a params-shaped tree in the given specs.
 
@@ -105,12 +120,13 @@ def make_layout(
     check_rules(strategy.rules)
     found = inferred.params if inferred is not None else {}
     params = partition_tree(form.abstract_params, strategy, sizes, form.annotations, found)
-    variables = _variable_plans(form, strategy, sizes)
+    variables = _variable_plans(form, strategy, sizes, found)
     names = {n for plan in params.values() for e in plan.logical if e for n in _parts(e)}
     names |= inferred.names if inferred is not None else set()
     paths = [*params, *variables, *leaf_names(batch)]
     check_used(strategy.rules, paths, names, flexible=form.kind == "linen")
-    check_replication(params, strategy, sizes)
+    frozen = {path: p for path, p in variables.items() if path.startswith(f"{FROZEN}/")}
+    check_replication({**params, **frozen} if form.base else params, strategy, sizes)
 
     specs = lambda sharded: map_with_path(
         lambda path, _: params[path].spec(sharded), form.abstract_params
@@ -150,14 +166,18 @@ def make_layout(
 
 
 def _variable_plans(
-    form: ModelForm, strategy: Strategy, sizes: Mapping[str, int]
+    form: ModelForm,
+    strategy: Strategy,
+    sizes: Mapping[str, int],
+    inferred: Mapping[str, Inferred],
 ) -> dict[str, LeafPlan]:
     """Matrices among the variables are sharded like parameters; vectors and keys are small."""
     large = {p for p, x in leaves_by_path(form.abstract_variables).items() if x.ndim > 1}
-    plans = partition_tree(form.abstract_variables, strategy, sizes)
+    annotations = form.annotations if form.base else {}
+    plans = partition_tree(form.abstract_variables, strategy, sizes, annotations, inferred)
     return {
         path: plan
-        if plan.rule == "rule" or (path in large and strategy.zero == 3)
+        if plan.rule in ("rule", "annotation", "inferred") or (path in large and strategy.zero == 3)
         else dataclasses.replace(
             plan, full=plan.compute, rule="replicated", why="small: each device holds it"
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from shardtrain.errors import LossContractError
 from shardtrain.modules import ModelForm, standardize
+from shardtrain.modules.adapt import FROZEN
 from shardtrain.modules.functional_form import rngs_from
 from shardtrain.modules.intercept import Calls, cast_floating, remat_policy
 from shardtrain.partitioning.rules import CONVENTIONAL, as_axes, is_glob
@@ -70,6 +71,7 @@ def make_loss(
     strategy: Strategy,
     mesh: Any,
     gather: Callable[[Any], Any] | None = None,
+    gather_frozen: Callable[[Any], Any] | None = None,
     train: bool = True,
     num_parts: int = 1,
     local_axes: tuple[str, ...] = (),
@@ -82,6 +84,7 @@ def make_loss(
       strategy: Precision and remat.
       mesh: Mesh (may be abstract) for constraints the model itself writes; None: one device.
       gather: Brings stored parameters into the layout the computation uses; None: as they are.
+      gather_frozen: The same for the frozen parameters of an adapted model.
       train: False for evaluation.
       num_parts: Microbatches per batch, for the loss contract.
       local_axes: Mesh axes already split off by the caller; the model's own constraints on its
@@ -92,14 +95,24 @@ def make_loss(
     calls = Calls(compute_dtype=compute_dtype, remat=block_remat if train else "none")
     rules = axis_rules(strategy.rules, local_axes)
 
+    def at_use(frozen: Any) -> Any:
+        if compute_dtype is not None:
+            frozen = cast_floating(frozen, compute_dtype)
+        return frozen if gather_frozen is None else gather_frozen(frozen)
+
     def loss(params: Any, variables: Any, batch: Any, key: jax.Array) -> Any:
         if compute_dtype is not None:
             params = cast_floating(params, compute_dtype)
         if gather is not None:
             params = gather(params)
+        kept = variables
+        if form.base is not None:
+            variables = {**kept, FROZEN: at_use(kept[FROZEN])}
         run = lambda model, batch: fn(model, batch, key, train)
         with _mesh_context(mesh), nn.logical_axis_rules(rules):
             returned, new = form.apply(run, params, variables, key, train, (batch,), calls)
+        if form.base is not None:
+            new = {**new, FROZEN: kept[FROZEN]}
         # A scalar is a mean over this batch's rows: evaluation adds batches of several sizes.
         weight = 1.0 if train else float(_rows(batch))
         output, aux = standardize(returned, num_parts, strategy.equal_microbatches, weight)

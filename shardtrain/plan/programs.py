@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from shardtrain.modules.intercept import Calls
-from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.loss import make_loss
 from shardtrain.plan.pipelined import pipeline_gradients, reduced_once
@@ -41,9 +40,8 @@ class PlanPrograms:
                 self.loss,
                 s,
                 layout.mesh,
-                gather=gather_at_use(layout.mesh, layout.compute_specs, layout.full_specs)
-                if gathers
-                else None,
+                gather=layout.gather() if gathers else None,
+                gather_frozen=layout.gather_frozen() if gathers and self.form.base else None,
                 num_parts=s.num_microbatches,
                 local_axes=local_axes,
             )

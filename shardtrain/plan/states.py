@@ -91,20 +91,42 @@ class PlanStates:
                     f"{path}: planned {wanted.spec}, compiled as {leaf.sharding}"
                 )
 
-    def _given(self: "Plan", values: Any) -> tuple[Any, Any]:
+    def _start_values(self: "Plan", seed: int, variables: Any) -> tuple[Any, Any] | None:
+        """Values given with the model or to `init`; None: make new ones."""
+        form = self.form
+        if form.adopt is None or form.base is None:
+            return form.initial if variables is None else self._given(variables)
+        if variables is None and form.base.init is not None:
+            return None
+        given = None
+        if variables is not None:
+            given = self._parts_of(variables)
+            self._check_values("params", given[0], form.base.abstract_params)
+            if given[1] is not None:
+                self._check_values("variables", given[1], form.base.abstract_variables)
+        params, others = form.adopt(jax.random.key(seed), given)
+        if self.pipelined is None:
+            return params, others
+        return self.pipelined.stack_params(params), self.pipelined.stack_variables(others)
+
+    def _parts_of(self: "Plan", values: Any) -> tuple[Any, Any]:
+        """Params and, if there are any, other variables of a model's values."""
         if isinstance(values, nnx.Module):
             _, params, others = nnx.split(values, nnx.Param, ...)
-            given = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
+            params, others = nnx.to_pure_dict(params), nnx.to_pure_dict(others)
         elif isinstance(values, dict) and "params" in values and self.form.kind != "nnx":
-            given = values["params"], {k: v for k, v in values.items() if k != "params"}
+            params, others = values["params"], {k: v for k, v in values.items() if k != "params"}
         else:
-            given = values, None
-        params, others = given
+            params, others = values, None
+        return params, others if jax.tree.leaves(others) else None
+
+    def _given(self: "Plan", values: Any) -> tuple[Any, Any]:
+        params, others = self._parts_of(values)
         wanted = self.abstract_checkpoint
         self._check_values("params", params, wanted.params)
         if self.pipelined is not None:
             params = self.pipelined.stack_params(params)
-        if others is None or not jax.tree.leaves(others):
+        if others is None:
             return params, self._initial_variables()
         self._check_values("variables", others, wanted.variables)
         if self.pipelined is not None:

@@ -41,7 +41,11 @@ def main():
     print(f"negatives, before: accuracy {score(trained, 1 - x):.3f}")
 
     plan, state, last = train(
-        st.lora(Classifier, rank=4, alpha=32, train="**/bias"), 1 - x, y, steps=500, variables=trained
+        st.lora(Classifier, rank=4, alpha=32, train="**/bias"),
+        1 - x,
+        y,
+        steps=500,
+        variables=trained,
     )
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     share = count(state.params) / count(state.variables["frozen"])

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from pipeline_models import LinenModel, NnxModel, abstract_batch, loss, make_batch, setup
+from jax.sharding import NamedSharding, PartitionSpec
+from pipeline_models import LinenModel, NnxModel, loss, make_batch
+from pipeline_runs import Pipelined, assert_equal, make_mesh
 
 from shardtrain.errors import BatchError, ScheduleError, StageSplitError
 from shardtrain.pipeline.executor import make_pipeline_grad
-from shardtrain.pipeline.extract import extract
 from shardtrain.pipeline.schedules import make_schedule
 from shardtrain.pipeline.stages import (
     StageMajor,
@@ -19,85 +19,7 @@ from shardtrain.pipeline.stages import (
     to_stage_major,
 )
 from shardtrain.planner.collectives import collectives_of
-from shardtrain.pytree import leaves_by_path
 from shardtrain.train import over_microbatches, per_replica, sum_replicas, value_and_grad
-
-AXES = ("data", "fsdp", "pipeline", "tensor")
-
-
-def make_mesh(**sizes):
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-class Pipelined:
-    """A model, its pipeline and its values, ready to run."""
-
-    def __init__(self, model, schedule, sizes, microbatches=4, virtual=1, rows=16):
-        self.mesh, self.rows = make_mesh(**sizes), rows
-        stages = sizes["pipeline"]
-        self.microbatches = microbatches
-        per = rows // microbatches
-        self.form, self.make_loss, self.params, self.variables = setup(model, per)
-        self.model = extract(self.make_loss, loss, self.form, abstract_batch(per), stages * virtual)
-        self.schedule = make_schedule(schedule, stages, microbatches, virtual)
-        sizes = (self.model.count, stages, virtual)
-        self.layout = stage_layout(self.params, self.model.params, *sizes)
-        self.state_layout = stage_layout(self.variables, self.model.states, *sizes)
-
-    def shardings(self):
-        """Matrices sharded over `tensor`, blocks over `pipeline`."""
-        two = lambda x, stacked: np.ndim(x) - stacked == 2 and x.shape[-1] % 2 == 0
-        specs = {
-            path: PartitionSpec(*[None] * (np.ndim(x) - 1), "tensor")
-            if two(x, any(path in leaf.paths and leaf.stacked for leaf in self.model.params))
-            else PartitionSpec(*[None] * np.ndim(x))
-            for path, x in leaves_by_path(self.params).items()
-        }
-        tree = jax.tree.unflatten(jax.tree.structure(self.params), list(specs.values()))
-        place = lambda spec: NamedSharding(self.mesh, spec)
-        major = stage_major_specs(tree, self.layout)
-        return jax.tree.map(place, major, is_leaf=lambda x: isinstance(x, PartitionSpec))
-
-    def lowered(self):
-        shardings = self.shardings()
-        constrain = lambda grads: jax.lax.with_sharding_constraint(grads, shardings)
-        grad = make_pipeline_grad(
-            self.model, self.schedule, self.mesh, self.layout, constrain=constrain
-        )
-        params = jax.device_put(to_stage_major(self.params, self.layout), shardings)
-        variables = to_stage_major(self.variables, self.state_layout)
-        rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
-        batch = jax.device_put(make_batch(self.rows), rows)
-        return jax.jit(grad), (params, variables, batch, jax.random.key(3))
-
-    def reference(self):
-        one = value_and_grad(self.make_loss(loss))
-        step = over_microbatches(one, self.microbatches, lambda grads: grads)
-        batch = make_batch(self.rows)
-        return jax.jit(step)(self.params, self.variables, batch, jax.random.key(3))
-
-
-def numbers(tree):
-    """Leaves by path; rng keys as their data."""
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return {
-        path: np.asarray(jax.random.key_data(x) if is_key(x) else x)
-        for path, x in leaves_by_path(tree).items()
-    }
-
-
-def assert_equal(found, expected, what):
-    """Within 1e-5 of each leaf's largest entry."""
-    found, expected = numbers(found), numbers(expected)
-    assert found.keys() == expected.keys()
-    for path, want in expected.items():
-        scale = np.max(np.abs(want)) + 1e-2
-        np.testing.assert_allclose(
-            found[path] / scale, want / scale, atol=1e-5, err_msg=f"{what} {path}"
-        )
-
 
 CUBE = {"data": 2, "pipeline": 2, "tensor": 2}
 LONG = {"data": 2, "pipeline": 4}
@@ -129,11 +51,7 @@ LONG = {"data": 2, "pipeline": 4}
 def test_every_schedule_equals_one_device(model, schedule, sizes, options, devices):
     run = Pipelined(model(), schedule, sizes, **options)
     step, args = run.lowered()
-    found, expected = step(*args), run.reference()
-    assert_equal(from_stage_major(found.grads, run.layout), expected.grads, "gradient of")
-    assert_equal(found.output, expected.output, "output")
-    variables = from_stage_major(found.variables, run.state_layout)
-    assert_equal(variables, expected.variables, "variable")
+    run.assert_like_one_device(step(*args))
 
 
 def temp_bytes(schedule, sizes, microbatches, virtual=1, rows=64, mode="dry"):

@@ -35,6 +35,8 @@ _EXPORTS = {
     "TensorBoardLog": "monitoring.metrics_log",
     "TopK": "algorithms",
     "TrainState": "train",
+    "Uniform": "sweep",
+    "SweepResult": "sweep",
     "VerifyReport": "verify",
     "assert_collectives": "planner.assertions",
     "async_ps": "async_ps",
@@ -43,17 +45,20 @@ _EXPORTS = {
     "explain_oom": "explore",
     "explore": "explore",
     "export": "checkpoint",
+    "export_hf": "hf",
     "fit": "fit",
     "freeze": "modules",
     "hardware": "hardware",
     "init_distributed": "launch",
     "inspect": "checkpoint",
+    "load_hf": "hf",
     "lora": "modules",
     "plan": "plan",
     "replay_step": "recovery",
     "replica_divergence": "checkpoint",
     "restore": "checkpoint",
     "simulate": "mesh",
+    "sweep": "sweep",
     "verify": "verify",
 }
 """Public name -> the module that defines it."""
@@ -94,6 +99,8 @@ if TYPE_CHECKING:
     from shardtrain.fit import evaluate as evaluate
     from shardtrain.fit import fit as fit
     from shardtrain.hardware import hardware as hardware
+    from shardtrain.hf import export_hf as export_hf
+    from shardtrain.hf import load_hf as load_hf
     from shardtrain.launch import init_distributed as init_distributed
     from shardtrain.mesh import simulate as simulate
     from shardtrain.modules import Aux as Aux
@@ -110,6 +117,9 @@ if TYPE_CHECKING:
     from shardtrain.planner.assertions import assert_collectives as assert_collectives
     from shardtrain.recovery import replay_step as replay_step
     from shardtrain.strategy import Strategy as Strategy
+    from shardtrain.sweep import SweepResult as SweepResult
+    from shardtrain.sweep import Uniform as Uniform
+    from shardtrain.sweep import sweep as sweep
     from shardtrain.train import TrainState as TrainState
     from shardtrain.verify import VerifyReport as VerifyReport
     from shardtrain.verify import verify as verify

@@ -108,6 +108,10 @@ class CompilerBugError(ShardtrainError):
     """A known compiler bug would give wrong numbers, and cannot be avoided here."""
 
 
+class SweepError(ShardtrainError):
+    """A sweep cannot be run as described."""
+
+
 class UnstableRunError(ShardtrainError):
     """The loss is bad again and again, and going back did not help."""
 

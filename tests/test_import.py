@@ -20,8 +20,9 @@ LAYERS = (
     ("data", "checkpoint", "launch", "monitoring", "sync"),
     ("planner", "viz"),  # pictures of plain data
     ("plan",),
-    ("recovery",),
+    ("recovery", "hf"),
     ("fit", "verify", "explore", "async_ps", "doctor"),
+    ("sweep",),
     ("cli",),
 )
 """Lowest first; `models` may use what it likes and nothing uses it but the command line."""
@@ -31,9 +32,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PUBLIC = """
 AllReduce AsyncJob Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8
 Functional Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign
-Strategy TensorBoardLog TopK TrainState VerifyReport assert_collectives async_ps cross_entropy
-evaluate explain_oom explore export fit freeze hardware init_distributed inspect lora ops plan
-planner replay_step replica_divergence restore simulate verify
+Strategy SweepResult TensorBoardLog TopK TrainState Uniform VerifyReport assert_collectives async_ps
+cross_entropy evaluate explain_oom explore export fit freeze hardware init_distributed inspect lora
+ops plan planner replay_step replica_divergence restore simulate sweep verify
 """
 
 

@@ -14,6 +14,7 @@ _EXPORTS = {
     "mesh_text": "text",
     "parameters_figure": "parameters",
     "save": "figure",
+    "sweep_figure": "sweep",
 }
 """Public name -> the module that defines it."""
 

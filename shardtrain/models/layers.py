@@ -5,6 +5,8 @@ annotation any Flax author can write; a `Strategy` decides which of these names 
 `B` rows, `T` positions, `K` key/value heads, `G` query heads per key/value head, `H` head dim.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,11 +28,12 @@ class RMSNorm(nnx.Module):
     Args:
       dim: Size of the last dim.
       epsilon: Added to the mean square.
+      name: Logical axis of the last dim.
       rngs: Unused; there for the Flax convention.
     """
 
-    def __init__(self, dim: int, *, epsilon: float = 1e-6, rngs: nnx.Rngs):
-        self.scale = nnx.Param(named(nnx.initializers.ones, "embed")(rngs.params(), (dim,)))
+    def __init__(self, dim: int, *, epsilon: float = 1e-6, name: str = "embed", rngs: nnx.Rngs):
+        self.scale = nnx.Param(named(nnx.initializers.ones, name)(rngs.params(), (dim,)))
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,15 +44,45 @@ class RMSNorm(nnx.Module):
         return (normed * self.scale[...]).astype(x.dtype)
 
 
-def rotary(x: jax.Array, theta: float = 10_000.0) -> jax.Array:
+@dataclass(frozen=True)
+class RotaryStretch:
+    """Slows long waves down: the model then reads further than it was first trained for.
+
+    Args:
+      factor: Waves longer than `length / low` become this much longer.
+      low: See `factor`.
+      high: Waves shorter than `length / high` stay; those between are blended.
+      length: Positions of the first training.
+
+    Source: Llama 3.1's model card and reference code.
+    """
+
+    factor: float
+    low: float
+    high: float
+    length: int
+
+    def __call__(self, frequency: jax.Array) -> jax.Array:
+        """Radians per position, `[half]` -> the same, stretched."""
+        turns = self.length * frequency / (2 * math.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return kept * frequency + (1 - kept) * frequency / self.factor
+
+
+def rotary(
+    x: jax.Array, theta: float = 10_000.0, stretch: RotaryStretch | None = None
+) -> jax.Array:
     """Rotate pairs of features by an angle that grows with the position (Su et al. 2021).
 
     Args:
       x: `[B, T, ..., H]`, H even; positions are 0 to T - 1.
       theta: Base of the wavelengths.
+      stretch: Changes the frequencies; None: they stay.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if stretch is not None:
+        frequency = stretch(frequency)
     angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
     angle = angle.reshape(1, x.shape[1], *(1,) * (x.ndim - 3), half)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -89,6 +122,10 @@ class Attention(nnx.Module):
       head_dim: Width of a head.
       causal: Positions see only what is before them.
       rope_theta: Base of the rotary position; None: no position here.
+      rope_stretch: How its waves are stretched.
+      qkv_bias: Whether queries, keys and values have a bias.
+      out_bias: Whether the output has one.
+      qk_norm: Epsilon of an `RMSNorm` of each query and key; None: no norm.
       implementation: "einsum", or one of `ops.attention`.
       rngs: Random streams.
     """
@@ -102,15 +139,24 @@ class Attention(nnx.Module):
         *,
         causal: bool = True,
         rope_theta: float | None = 10_000.0,
+        rope_stretch: RotaryStretch | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: float | None = None,
         implementation: str = "einsum",
         rngs: nnx.Rngs,
     ):
         init = nnx.initializers.lecun_normal()
 
         def project(heads: int, name: str) -> nnx.LinearGeneral:
-            kernel_init = named(init, "embed", name, "head_dim")
-            shape = (heads, head_dim)
-            return nnx.LinearGeneral(dim, shape, use_bias=False, kernel_init=kernel_init, rngs=rngs)
+            return nnx.LinearGeneral(
+                dim,
+                (heads, head_dim),
+                use_bias=qkv_bias,
+                kernel_init=named(init, "embed", name, "head_dim"),
+                bias_init=named(nnx.initializers.zeros, name, "head_dim"),
+                rngs=rngs,
+            )
 
         self.query = project(num_heads, "heads")
         self.key = project(num_kv_heads, "kv_heads")
@@ -119,20 +165,33 @@ class Attention(nnx.Module):
             (num_heads, head_dim),
             dim,
             axis=(-2, -1),
-            use_bias=False,
+            use_bias=out_bias,
             kernel_init=named(init, "heads", "head_dim", "embed"),
+            bias_init=named(nnx.initializers.zeros, "embed"),
             rngs=rngs,
         )
+
+        def norm() -> RMSNorm | None:
+            if qk_norm is None:
+                return None
+            return RMSNorm(head_dim, epsilon=qk_norm, name="head_dim", rngs=rngs)
+
+        self.query_norm = norm()
+        self.key_norm = norm()
         self.group = num_heads // num_kv_heads
         self.causal = causal
         self.rope_theta = rope_theta
+        self.rope_stretch = rope_stretch
         self.implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, T, dim]` -> `[B, T, dim]`."""
         query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.rope_theta is not None:
-            query, key = rotary(query, self.rope_theta), rotary(key, self.rope_theta)
+            query = rotary(query, self.rope_theta, self.rope_stretch)
+            key = rotary(key, self.rope_theta, self.rope_stretch)
         if self.implementation != "einsum":
             chosen = self.implementation
             return self.out(

@@ -13,8 +13,8 @@ from flax import nnx
 
 from shardtrain import ops
 from shardtrain.errors import ModelError
-from shardtrain.models.decoder import DecoderConfig
-from shardtrain.models.layers import Attention, RMSNorm, named
+from shardtrain.models.decoder import DecoderConfig, make_attention
+from shardtrain.models.layers import RMSNorm, named
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class MoEConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tied:
+            raise ModelError("MoEDecoder has an unembedding of its own: tied=True is for Decoder")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ModelError(
                 f"experts_per_token={self.experts_per_token} must lie between 1 and "
@@ -129,16 +131,9 @@ class MoEBlock(nnx.Module):
     """Attention and a mixture of experts, each behind a norm."""
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.embed_dim, rngs=rngs)
-        self.attention = Attention(
-            config.embed_dim,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            rope_theta=config.rope_theta,
-            rngs=rngs,
-        )
-        self.moe_norm = RMSNorm(config.embed_dim, rngs=rngs)
+        self.attention_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, rngs=rngs)
+        self.attention = make_attention(config, rngs)
+        self.moe_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, rngs=rngs)
         self.moe = MoE(config, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -161,7 +156,7 @@ class MoEDecoder(nnx.Module):
         embedding_init = named(nnx.initializers.normal(1.0), "embed_vocab", "embed")
         self.embedding = nnx.Embed(vocab, width, embedding_init=embedding_init, rngs=rngs)
         self.blocks = nnx.List([MoEBlock(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(width, rngs=rngs)
+        self.norm = RMSNorm(width, epsilon=config.norm_epsilon, rngs=rngs)
         self.unembedding = nnx.Linear(
             width,
             vocab,

@@ -118,13 +118,24 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         else:
             params = jax.tree.map(own, given[0], shardings.params)
             others = jax.tree.map(own, given[1], shardings.variables)
-        opt_state, sync = self._first_optimizer_state(params, others)
+        return self.first_state(params, others, seed)
+
+    def first_state(self, params: Any, variables: Any, seed: int = 0) -> TrainState:
+        """The first state around arrays that are already placed as planned; they become part of it.
+
+        Args:
+          params: As in `abstract_state`.
+          variables: As in `abstract_state`.
+          seed: Seed of the run's random keys.
+        """
+        shardings = self.layout.state_shardings
+        opt_state, sync = self._first_optimizer_state(params, variables)
         zero = lambda s: jax.device_put(jnp.zeros((), jnp.int32), s)
         return TrainState(
             step=zero(shardings.step),
             params=params,
             opt_state=opt_state,
-            variables=others,
+            variables=variables,
             rng=place_key(jax.random.fold_in(jax.random.key(seed), 1), shardings.rng),
             skipped=zero(shardings.skipped),
             sync=sync,

@@ -92,7 +92,8 @@ def test_a_pipeline_trains_like_one_device(strategy, devices):
     ],
 )
 def test_gradients_cross_the_batch_axes_once_per_step(strategy, devices):
-    plan = make_plan(strategy, DRY)
+    """With dropout in every block: replicas draw their part of what one device draws."""
+    plan = make_plan(strategy)
     assert plan.gradients.reason == ""
     found = [c for c in plan.collectives() if {"data", "fsdp"} & set(c.axes)]
     assert not [c for c in found if c.in_loop]
@@ -106,9 +107,24 @@ def test_gradients_cross_the_batch_axes_once_per_step(strategy, devices):
     st.verify(plan, num_steps=1).raise_if_failed()
 
 
-def test_dropout_reduces_in_every_tick_and_says_so(pipelined):
-    assert "random numbers are drawn for the whole batch" in pipelined.gradients.reason
-    assert "gradients are reduced in each of 4 microbatches" in str(pipelined.explain())
+class Normalized(Model):
+    """Statistics over the whole microbatch: no replica can compute its part alone."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs, dropout=0.0)
+        self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.norm(self.embed(tokens))
+        for layer in self.layers:
+            x = layer(x)
+        return self.embed.attend(x)
+
+
+def test_batch_statistics_reduce_in_every_tick_and_say_so(devices):
+    plan = make_plan("data=2,pipeline=2,tensor=2,num_microbatches=4", Normalized)
+    assert "the model updates its variables (norm/mean, norm/var)" in plan.gradients.reason
+    assert "gradients are reduced in each of 4 microbatches" in str(plan.explain())
 
 
 def test_the_cube_trains_like_one_device(pipelined):

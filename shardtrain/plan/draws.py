@@ -26,13 +26,14 @@ Split = Callable[[Callable[..., jax.Array], Sequence[Any], int], jax.Array]
 """`(draw, ins, dim) -> ` this replica's part of `draw(*ins)` along `dim`."""
 
 
-def draw_for_batch(loss: LossFn, num_replicas: int) -> LossFn:
+def draw_for_batch(loss: LossFn, num_replicas: int, staged: bool = False) -> LossFn:
     """The loss of one replica's rows with the random numbers those rows get on one device.
 
     Args:
       loss: `(params, variables, batch, key) -> (sums, new variables)`; proven a sum over examples
         with `batch_independence(..., ignore_random=True)` and `hidden_draw` finding none.
       num_replicas: Parts of the batch, R; the result must run under `jax.vmap` over the batch.
+      staged: The result is cut into a pipeline: some of it is mapped over stages first.
     """
 
     def drawing(params: Any, variables: Any, batch: Any, key: jax.Array) -> Any:
@@ -41,7 +42,9 @@ def draw_for_batch(loss: LossFn, num_replicas: int) -> LossFn:
         if not any(contains(eqn, _draws) for eqn in own.jaxpr.eqns):
             return loss(*args)
         whole = _whole_batch(loss, num_replicas, *args)
-        split = _splitter(num_replicas, jax.tree.leaves(batch)[0])
+        # Anything mapped over replicas will do: its values are not used.
+        row = jax.lax.stop_gradient(jnp.ravel(jax.tree.leaves(batch)[0])[0])
+        split = _splitter(num_replicas, row, staged)
         outs = _evaluate((own, whole), jax.tree.leaves(args), split)
         return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
@@ -133,7 +136,7 @@ def _draw(
     return reopen(own, ins, [lambda *x, p=p: _evaluate(p, x, split) for p in pairs])
 
 
-def _splitter(num_replicas: int, row_like: jax.Array) -> Split:
+def _splitter(num_replicas: int, row: jax.Array, staged: bool) -> Split:
     """Takes a replica's part of a draw, by the batching rule of `jax.vmap` over replicas."""
 
     def split(draw: Callable[..., jax.Array], ins: Sequence[Any], dim: int) -> jax.Array:
@@ -149,12 +152,44 @@ def _splitter(num_replicas: int, row_like: jax.Array) -> Split:
             return parts(*ins)[0]  # not mapped: only shapes are looked at
 
         @mine.def_vmap
-        def _(size: int, mapped: Sequence[bool], _: jax.Array, *ins: Any) -> tuple[jax.Array, bool]:
+        def _(size: int, mapped: Sequence[bool], row: jax.Array, *ins: Any) -> tuple[Any, bool]:
+            if staged:
+                return _mapped_twice(parts, size, mapped[1:])(row, *ins), True
             assert size == num_replicas
-            # Keys are the same for all replicas, also where a loop carries them mapped.
-            return parts(*(x[0] if m else x for x, m in zip(ins, mapped[1:], strict=True))), True
+            return parts(*_first(ins, mapped[1:])), True
 
-        # Anything mapped over replicas will do: its values are not used.
-        return mine(jax.lax.stop_gradient(jnp.ravel(row_like)[0]), *ins)
+        return mine(row, *ins)
 
     return split
+
+
+def _first(ins: Sequence[Any], mapped: Sequence[bool]) -> list[Any]:
+    """Keys are the same for all replicas, also where a loop carries them mapped."""
+    return [x[0] if m else x for x, m in zip(ins, mapped, strict=True)]
+
+
+def _mapped_twice(
+    parts: Callable[..., jax.Array], size: int, mapped: Sequence[bool]
+) -> Callable[..., jax.Array]:
+    """A draw that was mapped once: over stages if it is mapped again, else over replicas.
+
+    Replicas are mapped last of all. What is in a stage is mapped over stages before; embedding,
+    head and loss are not.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def over_replicas(_: jax.Array, *ins: Any) -> jax.Array:
+        found = parts(*_first(ins, mapped))
+        # Of another size it will be mapped again: only shapes are looked at.
+        return found if found.shape[0] == size else jnp.zeros((size, *found.shape[1:]), found.dtype)
+
+    @over_replicas.def_vmap
+    def _(_size: int, again: Sequence[bool], _row: jax.Array, *ins: Any) -> tuple[Any, bool]:
+        given = _first(ins, again[1:])
+        if not any(mapped):  # a key that is written in the model: the same in all stages
+            return jnp.stack([parts(*given)] * size, axis=1), True
+        axes = [0 if m else None for m in mapped]
+        stages = jax.vmap(parts, in_axes=axes, axis_size=size)(*given)
+        return jnp.moveaxis(stages, 1, 0), True
+
+    return over_replicas

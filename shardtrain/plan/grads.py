@@ -140,7 +140,7 @@ def pipeline_axes(
         line = bugs.convolutions[0].line
         reason = f"convolution gradients are not mapped over pipelines ({line})"
     else:
-        reason = _why_not_per_replica(loss, layout, s, bugs, draws=False)
+        reason = _why_not_per_replica(loss, layout, s, bugs)
     return ((), reason) if reason else (axes, "")
 
 

@@ -7,7 +7,7 @@ with them, and the gradient function is the pipeline's. Checkpoints keep the uns
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from shardtrain.pipeline import (
 )
 from shardtrain.pipeline.optimizer import pipelined_optimizer
 from shardtrain.pipeline.optimizer_state import is_mapped, mapped_specs, stack_state, unstack_state
+from shardtrain.plan.draws import draw_for_batch
 from shardtrain.plan.gather import gather_at_use
 from shardtrain.plan.grads import pipeline_axes
 from shardtrain.plan.known_bugs import check_known_bugs
@@ -40,7 +41,7 @@ from shardtrain.plan.stream import constrain_stream, stream_findings
 from shardtrain.pytree import map_with_path, nbytes
 from shardtrain.strategy import Strategy
 from shardtrain.sync import needs_replicas
-from shardtrain.train import GradFn, TrainState, per_replica, sum_replicas
+from shardtrain.train import GradFn, LossFn, TrainState, per_replica, sum_replicas
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,13 @@ def make_pipelined(
         num_parts=s.num_microbatches,
         local_axes=axes,
     )
-    make = lambda fn: constrain_stream(on_mesh(fn), whole, s, axes)
+
+    def make(fn: Callable[..., Any]) -> LossFn:
+        placed = constrain_stream(on_mesh(fn), whole, s, axes)
+        # Replicas that are algorithms of their own draw for themselves.
+        drawn = axes and not needs_replicas(s)
+        return draw_for_batch(placed, replicas, staged=True) if drawn else placed
+
     pipeline = make_pipeline(
         form, make, loss.fn, jax.tree.map(rows, whole.batch), schedule, s.rules.get("pipeline")
     )

@@ -144,12 +144,10 @@ def pipeline_axes(
     return ((), reason) if reason else (axes, "")
 
 
-def _why_not_per_replica(
-    loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs, draws: bool = True
-) -> str:
+def _why_not_per_replica(loss: LossFn, layout: Layout, s: Strategy, bugs: KnownBugs) -> str:
     if reason := bugs.why_not_mapped():
         return reason
-    proof = prove_sum_over_examples(loss, layout, s, draws)
+    proof = prove_sum_over_examples(loss, layout, s)
     if proof.ok:
         return ""
     return f"{proof.reason}{f' ({proof.source})' if proof.source else ''}"
@@ -166,16 +164,13 @@ def _local_axes(layout: Layout, s: Strategy) -> tuple[str, ...]:
     return axes[: axes.index(kept[0])] if kept else axes
 
 
-def prove_sum_over_examples(
-    loss: LossFn, layout: Layout, s: Strategy, draws: bool = True
-) -> Independence:
+def prove_sum_over_examples(loss: LossFn, layout: Layout, s: Strategy) -> Independence:
     """Whether one microbatch's sums can be computed per replica and added.
 
     Args:
       loss: The loss without sharding constraints.
       layout: Shapes.
       s: Microbatches, ZeRO level.
-      draws: Whether random numbers for the whole batch may be drawn (by `draw_for_batch`).
     """
     state = layout.state
     plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -195,7 +190,7 @@ def prove_sum_over_examples(
     parts = math.prod(layout.sizes[a] for a in _local_axes(layout, s))
     # Draws for the whole batch are made for the whole batch (`draw_for_batch`).
     found = batch_independence(
-        sums, params, microbatch, variables, key, parts=parts, ignore_random=draws
+        sums, params, microbatch, variables, key, parts=parts, ignore_random=True
     )
     if found.ok:
         rows = lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)

@@ -52,11 +52,11 @@ def test_three_parts_give_the_gradients():
     assert count == sum(range(LAYERS))
     expected, pull = jax.vjp(by_loop, params, shared, scale, x)
     wanted_params, wanted_shared, wanted_scale, wanted_x = pull(grad)
-    np.testing.assert_allclose(y, expected, rtol=1e-5)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     wanted = [wanted_params[0], wanted_shared[1], wanted_scale, wanted_x]
     ((d_gain,), (d_scale,), (d_x,)) = found
     for a, b in zip([d_params[0], d_gain, d_scale, d_x], wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
     made = [
         jax.make_jaxpr(cut.forward)(params, shared, layered, carry),
         jax.make_jaxpr(cut.inputs)(params, shared, layered, kept, [grad], buffers, row),

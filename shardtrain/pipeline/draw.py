@@ -3,6 +3,8 @@
 Imports no JAX; matplotlib is imported when a figure is asked for.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardtrain.pipeline.schedule_table import Phase
@@ -55,29 +57,67 @@ def boxes(
     return placed, now
 
 
-def svg(table: Timetable, found: tuple[Phase, ...], costs: SlotCosts) -> str:
-    """The step over time as a self-contained SVG element."""
+@dataclass(frozen=True)
+class SvgLook:
+    """How the SVG looks.
+
+    Args:
+      colours: Fill of each kind of task.
+      border: Colour between tasks.
+      row: Height of a stage, pixels.
+      left: Room for the names of stages, pixels.
+      width: Width of the step, pixels; `least` pixels per forward where that is wider.
+      least: See `width`.
+      attributes: Of the `<svg>` element; `{width}` and `{height}` are filled in.
+      text: Attributes of the numbers on tasks.
+    """
+
+    colours: Mapping[Kind, str]
+    border: str
+    row: int
+    left: int
+    width: float
+    least: float
+    attributes: str
+    text: str = ""
+
+
+NOTEBOOK = SvgLook(
+    colours=COLOURS,
+    border="white",
+    row=22,
+    left=60,
+    width=900.0,
+    least=4.0,
+    attributes='xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
+    'style="font:11px sans-serif;background:#f4f4f4"',
+)
+
+
+def svg(
+    table: Timetable, found: tuple[Phase, ...], costs: SlotCosts, look: SvgLook = NOTEBOOK
+) -> str:
+    """The step over time as a self-contained SVG element; idle time stays empty."""
     placed, length = boxes(table, found, costs)
-    unit, height, left = max(900.0 / length, 4.0), 22, 60
+    unit = max(look.width / length, look.least)
     rows = [
-        f'<text x="0" y="{stage * height + 15}">stage {stage}</text>'
+        f'<text x="0" y="{stage * look.row + look.row * 0.7:.0f}">stage {stage}</text>'
         for stage in range(table.num_stages)
     ]
     for task, start, width in placed:
-        x, y, w = left + start * unit, task.stage * height + 1, width * unit
+        x, y, w = look.left + start * unit, task.stage * look.row + 1, width * unit
         shade = 1.0 - 0.5 * task.virtual_stage / table.virtual_stages
+        says = f"{NAMES[task.kind]} of microbatch {task.microbatch}, stage {task.stage}"
         rows.append(
-            f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height - 2}" stroke="white" '
-            f'fill="{COLOURS[task.kind]}" fill-opacity="{shade:.2f}"><title>{task}</title></rect>'
+            f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{look.row - 2}" '
+            f'stroke="{look.border}" fill="{look.colours[task.kind]}" fill-opacity="{shade:.2f}">'
+            f"<title>{says}</title></rect>"
         )
         if w > 12:
-            name = task.microbatch
-            rows.append(
-                f'<text x="{x + w / 2:.1f}" y="{y + 14}" text-anchor="middle">{name}</text>'
-            )
-    size = f'width="{left + length * unit:.0f}" height="{table.num_stages * height}"'
-    style = 'style="font:11px sans-serif;background:#f4f4f4"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(rows)}</svg>'
+            middle = f'x="{x + w / 2:.1f}" y="{y + look.row * 0.64:.0f}" text-anchor="middle"'
+            rows.append(f"<text {middle}{look.text}>{task.microbatch}</text>")
+    size = {"width": look.left + length * unit, "height": table.num_stages * look.row}
+    return f"<svg {look.attributes.format(**size)}>{''.join(rows)}</svg>"
 
 
 def figure(table: Timetable, found: tuple[Phase, ...], costs: SlotCosts) -> "Figure":

@@ -176,8 +176,8 @@ class Gossip(_Component):
 
 
 @dataclass(frozen=True, repr=False)
-class Int8(_Component):
-    """8 bits per number, one float32 scale per block.
+class _Blocked(_Component):
+    """Coded numbers in blocks that share a scale.
 
     Args:
       block_size: Numbers per scale, a multiple of 8.
@@ -192,39 +192,35 @@ class Int8(_Component):
 
 
 @dataclass(frozen=True, repr=False)
-class Int4(_Component):
+class Int8(_Blocked):
+    """8 bits per number, one float32 scale per block.
+
+    Args:
+      block_size: Numbers per scale, a multiple of 8.
+      error_feedback: Add what was rounded away to the next exchange.
+    """
+
+
+@dataclass(frozen=True, repr=False)
+class Int4(_Blocked):
     """4 bits per number, one float32 scale per block. Arguments as `Int8`."""
 
     block_size: int = 128
-    error_feedback: bool = True
-
-    def __post_init__(self) -> None:
-        _block(self)
 
 
 @dataclass(frozen=True, repr=False)
-class Float8(_Component):
+class Float8(_Blocked):
     """8-bit floating point (e4m3), one float32 scale per block. Arguments as `Int8`."""
 
-    block_size: int = 256
-    error_feedback: bool = True
-
-    def __post_init__(self) -> None:
-        _block(self)
-
 
 @dataclass(frozen=True, repr=False)
-class Sign(_Component):
+class Sign(_Blocked):
     """One bit per number and the mean magnitude of its block. Arguments as `Int8`.
 
     EF-signSGD, Karimireddy et al. 2019 (arXiv:1901.09847).
     """
 
     block_size: int = 1024
-    error_feedback: bool = True
-
-    def __post_init__(self) -> None:
-        _block(self)
 
 
 @dataclass(frozen=True, repr=False)

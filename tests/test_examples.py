@@ -59,6 +59,14 @@ def test_digits_cnn_reads_handwriting(tmp_path):
     assert float(accuracy) > 97
 
 
+def test_a_checkpoint_of_hugging_face_is_tuned_and_written_back(tmp_path):
+    out = run_example("finetune_hf.py", tmp_path)
+    before, after = map(float, re.findall(r"^loss (\S+) -> (\S+)$", out, re.MULTILINE)[0])
+    assert before > 4
+    assert after < 1
+    assert len(list((tmp_path / "tuned").glob("model-*.safetensors"))) == 3
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -85,7 +85,7 @@ def _say_casts(target: Path, found: Mapping[tuple[Any, Any], list[str]]) -> None
     for (have, want), paths in found.items():
         exact = jnp.promote_types(have, want) == have
         how = "exact" if exact else "exact unless trained: then rounded"
-        _LOG.warning("%s: %d parameters %s -> %s (%s)", target, len(paths), want, have, how)
+        _LOG.warning("%s: %d parameters %s -> %s (%s)", target.name, len(paths), want, have, how)
 
 
 def _begin(source: Source, target: Path) -> None:

@@ -14,6 +14,7 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import flax.linen as linen
 import flax.nnx as nnx
 import hf_models
 import jax
@@ -267,6 +268,78 @@ def test_layers_of_a_file_become_a_stack(strategy, devices, tmp_path):
     assert files(tmp_path / "out") == files(directory)
 
 
+class TwoLayers(linen.Module):
+    """Of two layers, in Linen."""
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(12, name="b", use_bias=False)(linen.Dense(8, name="a")(x))
+
+
+def two_layers(variables, x):
+    return (x @ variables["a"]["kernel"] + variables["a"]["bias"]) @ variables["b"]["kernel"]
+
+
+def start(key):
+    shapes = {"a": {"kernel": (16, 8), "bias": (8,)}, "b": {"kernel": (8, 12)}}
+    return jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [
+        (TwoLayers(), lambda model, x: model(x)),
+        (st.Functional(init=start), two_layers),
+    ],
+    ids=["linen", "functional"],
+)
+@pytest.mark.parametrize("strategy", ["fsdp=4,tensor=2", "data=4,tensor=2,sync=LocalSGD(2)"])
+def test_other_kinds_of_models(model, call, strategy, devices, tmp_path):
+    normal = np.random.default_rng(0).normal
+    shapes = {"a.weight": (8, 16), "a.bias": (8,), "b.weight": (12, 8)}
+    values = {name: normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(values, tmp_path / "model.safetensors")
+    mapping = {
+        "a.weight": ("a/kernel", "transpose"),
+        "a.bias": "a/bias",
+        "b.weight": ("b/kernel", "transpose"),
+    }
+    batch = {"x": np.linspace(-1, 1, 8 * 16, dtype=np.float32).reshape(8, 16)}
+    loss = lambda m, batch: st.Mean(jnp.sum(call(m, batch["x"]) ** 2), 8 * 12)
+    strategy = st.Strategy.parse(strategy)
+    plan = st.plan(st.lora(model, 2), loss, optax.sgd(0.1), batch, strategy)
+    state = st.load_hf(tmp_path / "model.safetensors", plan, mapping)
+    for _ in range(2):
+        state, _ = plan.step(state, batch)
+    out = st.export_hf(plan, state, tmp_path / "out", tmp_path / "model.safetensors", mapping)
+    written = safetensors.numpy.load_file(out / "model.safetensors")
+    np.testing.assert_array_equal(written["a.bias"], values["a.bias"])
+    assert np.abs(written["b.weight"] - values["b.weight"]).max() > 1e-3
+    hidden = batch["x"] @ written["a.weight"].T + written["a.bias"]
+    tuned = np.asarray(plan.call(state, call, batch["x"]))
+    np.testing.assert_allclose(hidden @ written["b.weight"].T, tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_unequal_width_share_a_tensor(devices, tmp_path):
+    fused = np.arange(6 * 4, dtype=np.float32).reshape(6, 4)
+    safetensors.numpy.save_file({"qkv.weight": fused}, tmp_path / "model.safetensors")
+    shapes = {"q": (4, 2, 2), "k": (4, 1), "v": (4, 1)}
+    init = lambda key: {name: jnp.ones(shape) for name, shape in shapes.items()}
+    loss = lambda v, batch: st.Mean(jnp.sum(batch["x"] @ v["k"]) + jnp.sum(v["q"]), 8)
+    plan = st.plan(
+        st.Functional(init=init),
+        loss,
+        optax.sgd(0.1),
+        {"x": np.ones((8, 4), np.float32)},
+        "fsdp=4,data=2",
+    )
+    mapping = {"qkv.weight": (("q", "k", "v"), "transpose")}
+    state = st.load_hf(tmp_path / "model.safetensors", plan, mapping)
+    np.testing.assert_array_equal(state.params["q"], fused.T[:, :4].reshape(4, 2, 2))
+    np.testing.assert_array_equal(state.params["k"], fused.T[:, 4:5])
+    np.testing.assert_array_equal(state.params["v"], fused.T[:, 5:])
+
+
 def test_all_that_does_not_fit_is_said_at_once(devices, tmp_path):
     values = hf_models.tensors()
     values["head.weight"] = values.pop("layers.2.up.weight")
@@ -404,6 +477,14 @@ def test_links_of_a_download_cache_are_followed(devices, tmp_path):
     for file in (ROOT / "gpt2").iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(file)
     assert len(source.open_source(tmp_path / "snapshot").tensors) == 28
+
+
+def test_export_does_not_mix_two_checkpoints(devices, tmp_path):
+    plan = make_plan("gpt2", "data=8")
+    state = st.load_hf(ROOT / "gpt2", plan)
+    shutil.copy(ROOT / "llama" / "model-00001-of-00003.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match="already has model-00001-of-00003"):
+        st.export_hf(plan, state, tmp_path, ROOT / "gpt2")
 
 
 def test_export_never_writes_what_it_reads(devices):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shardtrain.errors import ModelError
-from shardtrain.models import from_hf_config
+from shardtrain.models import MoEConfig, from_hf_config
 from shardtrain.models.layers import RotaryStretch
 from shardtrain.pytree import leaves_by_path
 
@@ -154,6 +154,11 @@ def test_stretch_leaves_short_waves_and_slows_long_ones():
     np.testing.assert_allclose(
         stretch(frequency) / frequency, [1, 1, (1 + 1 / 8) / 2, 1 / 8, 1 / 8], rtol=1e-6
     )
+
+
+def test_a_mixture_of_experts_has_its_own_head():
+    with pytest.raises(ModelError, match="tied=True is for Decoder"):
+        MoEConfig(tied=True)
 
 
 def test_more_tokens_than_positions():

@@ -64,9 +64,10 @@ def export_hf(
     if target.exists() and target.samefile(source.directory):
         raise CheckpointError(f"{target} is the checkpoint it is to be like: write elsewhere")
     rules = rules_for(source, plan, mapping)
-    _say_casts(target, casts(bind(rules, source.tensors, wanted_values(plan)), wanted_values(plan)))
-    on_first(lambda: _begin(source, target))
     writes = jax.process_index() == 0
+    found = casts(bind(rules, source.tensors, wanted_values(plan)), wanted_values(plan))
+    _say_casts(target, found if writes else {})
+    on_first(lambda: _begin(source, target))
     opened = _begun(source, target) if writes else source
     places = _places(plan, bind(rules, opened.tensors, wanted_values(plan)))
     state = plan._agreed(state)
@@ -91,10 +92,18 @@ def _say_casts(target: Path, found: Mapping[tuple[Any, Any], list[str]]) -> None
 def _begin(source: Source, target: Path) -> None:
     """Files with the headers of the source and no numbers yet."""
     target.mkdir(parents=True, exist_ok=True)
+    stale = {p.name for p in target.glob("*.safetensors")} - {f.path.name for f in source.files}
+    if stale:
+        raise CheckpointError(
+            f"{target} already has {', '.join(sorted(stale))}, of another checkpoint, and "
+            "readers would take both. Write to an empty directory"
+        )
     for file in source.files:
         with _partial(target / file.path.name).open("wb") as out:
             out.write(file.memory[: file.header_bytes])
             out.truncate(len(file.memory))
+            if hasattr(os, "posix_fallocate"):  # or a full disk is a crash when pages are written
+                os.posix_fallocate(out.fileno(), 0, len(file.memory))
     for file in source.directory.iterdir():
         if file.suffix in _COPIED and file.is_file():
             shutil.copyfile(file, target / file.name)

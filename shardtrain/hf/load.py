@@ -105,7 +105,9 @@ def _say_casts(source: Source, found: Mapping[tuple[Any, Any], list[str]], cast:
                 f"{source.directory}: {what} ({', '.join(paths[:3])}, ...) would round them. "
                 "load_hf(..., cast=True) does it; or keep the parameters in the dtype of the file"
             )
-        _LOG.warning("%s: %s (%s)", source.directory.name, what, "exact" if exact else "rounded")
+        if jax.process_index() == 0:
+            how = "exact" if exact else "rounded"
+            _LOG.warning("%s: %s (%s)", source.directory.name, what, how)
 
 
 def _place(path: str, pieces: Pieces, again: Pieces | None, like: Any, source: Source) -> jax.Array:

@@ -317,3 +317,21 @@ def test_an_albert_style_shared_block_is_not_taken_for_a_recurrence():
     params = {"up": spec(16, 64), "down": spec(64, 16)}
     specs = solve(table_of((fn, params, (spec(4, 6, 16),))), {"tensor": 2}).specs
     assert specs == {"down": ROW, "up": COLUMN}
+
+
+def test_a_scalar_parameter_beside_an_embedding():
+    """Two towers and a learnt temperature (CLIP): a parameter without dims has no vocab."""
+    params = {
+        "embed": jax.ShapeDtypeStruct((32, 16), jnp.float32),
+        "image": jax.ShapeDtypeStruct((24, 16), jnp.float32),
+        "temperature": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32)
+    pixels = jax.ShapeDtypeStruct((8, 24), jnp.float32)
+
+    def loss(params, tokens, pixels):
+        text = params["embed"][tokens].mean(1)
+        return jnp.sum((pixels @ params["image"]) @ text.T * jnp.exp(params["temperature"]))
+
+    found = solve(infer_axes(loss, params, tokens, pixels), {"tensor": 2})
+    assert found.specs["temperature"] == P()

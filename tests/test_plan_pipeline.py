@@ -239,3 +239,17 @@ def test_a_mean_of_means_is_refused(devices):
 def test_virtual_stages_need_a_pipeline(devices):
     with pytest.raises(StrategyError, match="virtual_stages"):
         make_plan("data=8,virtual_stages=2")
+
+
+def test_a_loss_may_ask_whether_it_trains(devices):
+    """A keyword `train` reaches the loss also through the stages."""
+    asked = []
+
+    def asking(model, batch, train):
+        asked.append(train)
+        return loss_fn(model, batch)
+
+    plan = st.plan(DRY, asking, optax.sgd(0.1), rows(8), "data=4,pipeline=2,num_microbatches=2")
+    assert asked
+    assert all(asked)
+    assert plan.pipelined is not None

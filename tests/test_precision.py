@@ -76,6 +76,94 @@ def test_every_matmul_reads_the_compute_dtype_and_weight_gradients_are_float32(
     assert sorted(found) == sorted([forward] * 3 + [kernels] * 2)
 
 
+class Promoting(nnx.Module):
+    """What brings float32 back: an embedding, a table of angles, the first state of a loop."""
+
+    def __init__(self, rngs, head_dtype=None):
+        self.embed = nnx.Embed(16, 8, rngs=rngs)
+        self.hidden = nnx.Linear(8, 8, rngs=rngs)
+        self.cell = nnx.Linear(16, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 8, dtype=head_dtype, rngs=rngs)
+
+    def __call__(self, tokens):
+        angles = jnp.cos(jnp.arange(8) / 8.0)
+        x = self.hidden(self.embed(tokens) * angles)
+
+        def step(h, x):
+            h = jnp.tanh(self.cell(jnp.concatenate([h, x], axis=-1)))
+            return h, None
+
+        h, _ = jax.lax.scan(step, jnp.zeros((tokens.shape[0], 8)), x.swapaxes(0, 1))
+        return self.head(h)
+
+
+class Carrying(nnx.Module):
+    """A loop carries what the embedding gives, and makes it float32."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(16, 8, rngs=rngs)
+        self.hidden = nnx.Linear(8, 8, rngs=rngs)
+        self.tail = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, tokens):
+        scale = jnp.linspace(0.5, 1.0, 8, dtype=jnp.float32)
+        step = lambda x, _: (jnp.tanh(self.hidden(x)) * scale, None)
+        x, _ = jax.lax.scan(step, self.embed(tokens), length=2)
+        for layer in self.tail:
+            x = layer(x)
+        return x.mean(1)
+
+
+class PromotingLinen(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Dense(8)(nn.Embed(16, 8)(tokens) * jnp.cos(jnp.arange(8) / 8.0))
+        x = nn.Conv(8, (2,))(x + jnp.ones((), jnp.float32))
+        return nn.Dense(8)(x.mean(1))
+
+
+TOKENS = {"tokens": RNG.integers(0, 16, (16, 4)), "y": BATCH["y"]}
+
+
+def token_loss(model, batch):
+    return st.cross_entropy(model(batch["tokens"]), batch["y"])
+
+
+@pytest.mark.parametrize(
+    "model", [Promoting, Carrying, PromotingLinen()], ids=["nnx", "loop", "linen"]
+)
+def test_layers_multiply_in_bfloat16_whatever_reaches_them(devices, model):
+    plan = st.plan(model, token_loss, optax.adam(1e-2), TOKENS, "data=8,precision=bf16")
+    traced = jax.jit(plan.proof_loss).trace(*_arguments(plan))
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    found = re.findall(r"stablehlo\.(?:dot_general|convolution).*?: \((.*?)\) ->", program)
+    dtypes = {tuple(re.findall(r"x(b?f\d+)>", operands)) for operands in found}
+    assert len(found) >= 3
+    assert dtypes == {("bf16", "bf16")}
+    assert not plan.findings
+    losses = []
+    state = plan.init()
+    for _ in range(20):
+        state, metrics = plan.step(state, TOKENS)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def _arguments(plan):
+    s = plan.abstract_state
+    strip = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(strip, (s.params, s.variables, plan.layout.batch, s.rng))
+
+
+def test_a_dtype_of_the_author_stays_and_is_said(devices):
+    model = lambda rngs: Promoting(rngs, head_dtype=jnp.float32)
+    plan = st.plan(model, token_loss, optax.adam(1e-2), TOKENS, "data=8,precision=bf16")
+    (found,) = plan.findings
+    assert re.search(r"precision=bf16: \d+% of the matmuls' FLOPs read float32, most at", found)
+    assert "linear.py" in found or "test_precision.py" in found
+    assert not st.plan(model, token_loss, optax.adam(1e-2), TOKENS, "data=8").findings
+
+
 def test_bf16_stays_near_float32(devices):
     found = {}
     for precision in ("fp32", "bf16"):

@@ -16,6 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from shardtrain.modules.compute_dtype import (
+    LINEN_PRODUCTS,
+    call_product,
+    cast_floating,
+    nnx_products,
+)
+
 _POLICIES: dict[str, Any] = {
     "full": None,
     "dots": "dots_saveable",
@@ -28,13 +35,15 @@ class Calls:
     """What to do at a model's calls.
 
     Args:
-      compute_dtype: Cast floating inputs of the whole model to it and outputs back to float32;
-        None leaves them alone.
+      compute_dtype: Cast floating inputs of the whole model to it and outputs back to float32,
+        and the inputs of layers that multiply; None leaves them alone.
+      narrow_embeddings: `nnx.Embed` without a dtype of its own gives `compute_dtype`.
       remat: "none", "full", "dots" or "dots_no_batch": what each repeated block recomputes.
     """
 
     compute_dtype: Any = None
     remat: str = "none"
+    narrow_embeddings: bool = False
 
     @property
     def active(self) -> bool:
@@ -46,16 +55,6 @@ def remat_policy(name: str) -> Any:
     """The `jax.checkpoint` policy of a remat name (None: save nothing)."""
     chosen = _POLICIES[name]
     return getattr(jax.checkpoint_policies, chosen) if chosen else None
-
-
-def cast_floating(tree: Any, dtype: Any) -> Any:
-    """Floating-point arrays in another dtype; everything else as it is."""
-
-    def cast(x: Any) -> Any:
-        is_float = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
-        return x.astype(dtype) if is_float else x
-
-    return jax.tree.map(cast, tree)
 
 
 @contextlib.contextmanager
@@ -77,6 +76,9 @@ def linen_calls(calls: Calls, blocks: frozenset[tuple[str, ...]]) -> Generator[N
         is_block = module.path in blocks and name == "__call__" and not depth["block"]
         if calls.remat != "none" and is_block:
             return _linen_remat(module, args, kwargs, calls.remat, depth)
+        is_product = isinstance(module, LINEN_PRODUCTS) and name == "__call__"
+        if calls.compute_dtype is not None and is_product and module.dtype is None:
+            return call_product(next_fun, args, kwargs, calls.compute_dtype)
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(wrap):
@@ -104,6 +106,8 @@ def nnx_calls(calls: Calls, root: nnx.Module, blocks: frozenset[type]) -> Genera
       blocks: Classes of the repeated blocks.
     """
     with contextlib.ExitStack() as stack:
+        if calls.compute_dtype is not None:
+            stack.enter_context(nnx_products(calls.compute_dtype))
         if calls.remat != "none":
             for block in blocks:
                 stack.enter_context(

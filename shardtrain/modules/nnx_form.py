@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from shardtrain.errors import ModelError
+from shardtrain.modules.compute_dtype import narrow_embeddings
 from shardtrain.modules.form import ModelForm, structure_change
 from shardtrain.modules.intercept import Calls, nnx_calls, repeated
 from shardtrain.pytree import abstract, leaves_by_path
@@ -68,18 +69,31 @@ def _form(module: nnx.Module, init: Any, initial: Any, model: Any = None) -> Mod
         calls: Calls,
     ) -> tuple[Any, Any]:
         del key  # NNX modules carry their own rng state among their variables
-        with nnx.use_eager_sharding(False):
-            bound = merge(params, variables)
-            if not train:
-                bound.eval()
-            with (
-                nnx_calls(calls, bound, frozenset(blocks.values()))
-                if calls.active
-                else contextlib.nullcontext()
-            ):
-                out = fn(bound, *args)
-            new = _variables_after(bound)
+
+        def call(narrow: bool) -> tuple[Any, Any]:
+            with nnx.use_eager_sharding(False):
+                bound = merge(params, variables)
+                if narrow:
+                    narrow_embeddings(bound, calls.compute_dtype)
+                if not train:
+                    bound.eval()
+                wrapped = nnx_calls(calls, bound, frozenset(blocks.values()))
+                with wrapped if calls.active else contextlib.nullcontext():
+                    out = fn(bound, *args)
+                return out, _variables_after(bound)
+
+        narrow = calls.narrow_embeddings and calls.compute_dtype is not None
+        try:
+            out, new = call(narrow)
+        except TypeError:
+            # A loop or branch of this model relies on the float32 that `nnx.Embed` gives.
+            if not narrow:
+                raise
+            out, new = call(False)
         changed = structure_change(variables, new)
+        if changed and narrow:  # a variable is float32
+            out, new = call(False)
+            changed = structure_change(variables, new)
         if changed:
             raise ModelError(
                 f"{type(module).__name__} changed its variables during the call ({changed}). "

@@ -91,9 +91,9 @@ def marked(fn: Callable[..., Any], kind: str, group: BlockGroup | None) -> Calla
     if group is None:
         return fn
 
-    def run(model: Any, *args: Any) -> Any:
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         with _nnx_marks(model, group) if kind == "nnx" else _linen_marks(group):
-            return fn(model, *args)
+            return fn(model, *args, **kwargs)
 
     return run
 

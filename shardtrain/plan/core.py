@@ -19,6 +19,7 @@ from shardtrain.plan.programs import PlanPrograms
 from shardtrain.plan.states import PlanStates
 from shardtrain.plan.stream import stream_findings
 from shardtrain.plan.views import PlanViews
+from shardtrain.plan.wide_products import wide_products
 from shardtrain.planner.compiled import Compiled
 from shardtrain.strategy import Strategy
 from shardtrain.sync import Algorithm
@@ -72,6 +73,8 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
         self.gradients = self._gradients()
         self.findings = findings + _gradient_findings(self.gradients, strategy)
+        if strategy.precision == "bf16" and pipelined is None:
+            self.findings += wide_products(self.proof_loss, layout)
         if strategy.sequence_parallel and pipelined is None:
             self.findings += stream_findings(self.proof_loss, layout)
         self._jitted_step = self._make_step()

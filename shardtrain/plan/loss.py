@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from shardtrain.errors import LossContractError
 from shardtrain.modules import ModelForm, standardize
 from shardtrain.modules.adapt import FROZEN
+from shardtrain.modules.compute_dtype import cast_floating
 from shardtrain.modules.functional_form import rngs_from
-from shardtrain.modules.intercept import Calls, cast_floating, remat_policy
+from shardtrain.modules.intercept import Calls, remat_policy
 from shardtrain.partitioning.rules import CONVENTIONAL, as_axes, is_glob
 from shardtrain.strategy import AXES, Strategy
 from shardtrain.train import LossFn
@@ -92,7 +93,12 @@ def make_loss(
     """
     compute_dtype = jnp.bfloat16 if strategy.precision == "bf16" else None
     block_remat = strategy.remat if form.blocks else "none"
-    calls = Calls(compute_dtype=compute_dtype, remat=block_remat if train else "none")
+    calls = Calls(
+        compute_dtype=compute_dtype,
+        remat=block_remat if train else "none",
+        # Blocks of a pipeline must all get the dtype that they give.
+        narrow_embeddings=strategy.pipeline == 1,
+    )
     rules = axis_rules(strategy.rules, local_axes)
 
     def at_use(frozen: Any) -> Any:

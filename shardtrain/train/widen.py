@@ -74,12 +74,27 @@ def _run(program: jex.ClosedJaxpr, chosen: Sequence[bool], args: Sequence[Any]) 
         ):
             made = _wide(eqn, values, outs)
         else:
-            made = bind(eqn, [_as(v, a.aval) for v, a in zip(values, eqn.invars, strict=True)])
+            exact = [_as(v, a.aval) for v, a in zip(values, eqn.invars, strict=True)]
+            made = _as_traced(eqn, exact, outs)
         env.update(zip(eqn.outvars, made, strict=True))
     return [
         _float32(read(env, a)) if c else _as(read(env, a), a.aval)
         for a, c in zip(program.jaxpr.outvars, chosen, strict=True)
     ]
+
+
+def _as_traced(eqn: jex.JaxprEqn, ins: list[Any], outs: list[bool]) -> list[Any]:
+    """One equation as it is, but for matmuls of narrow arrays into float32 (see `_contract`)."""
+    if not contains(eqn, _contracts_into_float32):
+        return bind(eqn, ins)
+    if eqn.primitive.name in _CONTRACTIONS:
+        return [_contract(eqn, ins)]
+    return _wide_bodies(eqn, ins, outs) if bodies(eqn) else bind(eqn, ins)
+
+
+def _contracts_into_float32(eqn: jex.JaxprEqn) -> bool:
+    narrow = eqn.primitive.name in _CONTRACTIONS and all(map(is_narrow, eqn.invars[:2]))
+    return narrow and not is_narrow(eqn.outvars[0])
 
 
 def _wide(eqn: jex.JaxprEqn, values: list[Any], outs: list[bool]) -> list[Any]:

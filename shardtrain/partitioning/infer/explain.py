@@ -53,7 +53,7 @@ def _roles(table: AxisTable) -> dict[tuple[str, int], str]:
     for dim, of_data, _ in table.graph.indexed:
         for r in atoms.roots(dim):
             for row in table.rows:
-                if not of_data and r in row.classes[0]:
+                if not of_data and row.classes and r in row.classes[0]:
                     roles[row.path, r] = "vocab"
     return roles
 

@@ -97,7 +97,8 @@ def test_when_a_process_does_not_come_back_fewer_go_on_with_the_same_batches(who
     assert [e["process_count"] for e in events if e["event"] == "start"] == [2, 2, 1]
     lines = [json.loads(x) for x in (tmp_path / "seen.jsonl").read_text().splitlines()]
     begun = [r["step"] for r in lines if r.get("process") == 0]
-    assert (begun.count(1), begun.count(7), begun.count(8)) == (1, 1, 3)  # saved: step 7
+    # Three tries; whether the save of step 7 was committed when the process died is a race.
+    assert (begun.count(10), begun.count(11), begun.count(20)) == (3, 1, 1)
     losses, examples = seen(tmp_path)
     want_losses, want_examples = seen(whole)
     steps = range(1, 21)

@@ -99,7 +99,9 @@ def extract(
     """
     reasons = []
     groups = (
-        [] if form.kind == "functional" else candidates(find_groups((form.base or form).abstract_params), block)
+        []
+        if form.kind == "functional"
+        else candidates(find_groups((form.base or form).abstract_params), block)
     )
     abstract = (form.abstract_params, form.abstract_variables, microbatch)
     for group in groups:

@@ -98,7 +98,7 @@ def test_when_a_process_does_not_come_back_fewer_go_on_with_the_same_batches(who
     lines = [json.loads(x) for x in (tmp_path / "seen.jsonl").read_text().splitlines()]
     begun = [r["step"] for r in lines if r.get("process") == 0]
     # Three tries; whether the save of step 7 was committed when the process died is a race.
-    assert (begun.count(10), begun.count(11), begun.count(20)) == (3, 1, 1)
+    assert (begun.count(10), begun.count(20)) == (3, 1)
     losses, examples = seen(tmp_path)
     want_losses, want_examples = seen(whole)
     steps = range(1, 21)

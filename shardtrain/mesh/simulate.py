@@ -7,7 +7,6 @@ import jax
 from shardtrain import compat
 from shardtrain.errors import SimulationError
 
-
 _THREADS_PER_DEVICE = 8
 
 
@@ -51,8 +50,8 @@ def simulate(num_devices: int, reset: bool = False) -> list[jax.Device]:
 def _start(num_devices: int) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
-    # XLA sizes its CPU thread pool by this, or by the cores. A device may wait in two collectives of
-    # one program at once, each on a thread: with few threads devices wait for each other for ever.
+    # XLA sizes its CPU thread pool by this, or by the cores. A device may wait in two collectives
+    # of one program, each on a thread: with few threads devices wait for each other for ever.
     os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * num_devices))
     devices = jax.devices()
     if len(devices) != num_devices:

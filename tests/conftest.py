@@ -6,6 +6,7 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("NPROC", "64")  # XLA's threads, as `st.simulate(8)` sets them
 
 import jax
 import pytest

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,27 @@ def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf, *others: fn(path_string(path), leaf, *others), tree, *rest
     )
+
+
+def nested(flat: Mapping[str, Any], name: Callable[[str], Any] = str) -> dict[str, Any]:
+    """The inverse of `leaves_by_path` for nested dicts.
+
+    Args:
+      flat: Path -> leaf.
+      name: From a part of a path to a key.
+
+    Example:
+      >>> nested({"a/b": 1, "a/c": 2})
+      {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = map(name, path.split("/"))
+        inside = tree
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[last] = leaf
+    return tree
 
 
 def nbytes(leaf: Any) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shardtrain.checkpoint.describe import describe_mesh, human_bytes
 from shardtrain.checkpoint.fingerprint import as_text, fingerprint
 from shardtrain.checkpoint.header import Header
 from shardtrain.errors import CheckpointError, suggest
+from shardtrain.pytree import nested
 
 
 def restore(
@@ -37,11 +38,12 @@ def restore(
     """
     if safetensors.is_file(steps.resolve(path)):
         found = safetensors.load(steps.resolve(path))
-        return _nested({n: found[n] for n in matching(list(found), only, str(path))})
+        chosen = {n: found[n] for n in matching(list(found), only, str(path))}
+        return nested(chosen, leaves.unescape)
     directory = verified_step(path, step)
     header = manifest.read_header(directory)
     flat = dict(read_leaves(directory, header, select(header, only)))
-    return _nested(flat)
+    return nested(flat, leaves.unescape)
 
 
 def verified_step(path: str | os.PathLike[str], step: int | None = None) -> Path:
@@ -105,17 +107,6 @@ def _read(directory: Path, name: str, info: leaves.LeafInfo) -> np.ndarray:
         return target
     key = leaves.storage_key(name)
     return store.load(directory, {key: target})[key]
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = (leaves.unescape(part) for part in name.split("/"))
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,6 +106,7 @@ def worker_environment(
         variables[DEVICES_VARIABLE] = str(len(mine))
     elif devices_per_process:
         variables["JAX_NUM_CPU_DEVICES"] = str(devices_per_process)
+        variables.setdefault("NPROC", str(8 * int(devices_per_process)))  # as `st.simulate` does
         variables.setdefault("JAX_PLATFORMS", "cpu")
         variables[DEVICES_VARIABLE] = str(devices_per_process)
     return variables

@@ -28,7 +28,7 @@ from shardtrain.modules.corrections import (
 from shardtrain.modules.form import ModelForm
 from shardtrain.modules.intercept import Calls
 from shardtrain.modules.low_rank import LowRank, evaluate_low_rank
-from shardtrain.pytree import leaves_by_path
+from shardtrain.pytree import leaves_by_path, nested
 
 FROZEN = "frozen"
 """The collection of variables that holds what is not trained."""
@@ -199,7 +199,7 @@ class _Parts:
             if path in self.corrections:
                 a, b = self._first(self.corrections[path], jax.random.fold_in(key, index))
                 own[f"{path}/lora_a"], own[f"{path}/lora_b"] = a, b
-        return _nested(own), {**variables, FROZEN: _nested(frozen)}
+        return nested(own), {**variables, FROZEN: nested(frozen)}
 
     def join(self, params: Any, frozen: Any, dtype: Any = None) -> Any:
         """The parameters as the model's author knows them; corrected ones as `LowRank`s."""
@@ -252,17 +252,6 @@ class _Parts:
 
 def _globs(globs: str | Sequence[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        inside = tree
-        for parent in parents:
-            inside = inside.setdefault(parent, {})
-        inside[name] = leaf
-    return tree
 
 
 def _summed(params: Any) -> Any:

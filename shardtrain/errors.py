@@ -104,6 +104,10 @@ class OutOfMemoryError(ShardtrainError):
     """A compiled step needs more memory than one device has."""
 
 
+class XlaOptionError(ShardtrainError):
+    """The compiler in use does not know a flag of `Strategy(xla=...)`, or not that value."""
+
+
 class CompilerBugError(ShardtrainError):
     """A known compiler bug would give wrong numbers, and cannot be avoided here."""
 

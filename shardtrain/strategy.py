@@ -18,6 +18,7 @@ from shardtrain.algorithms import (
     read_component,
 )
 from shardtrain.errors import StrategyError, suggest
+from shardtrain.xla_options import OFF, check_xla
 
 AXES = ("data", "fsdp", "pipeline", "expert", "context", "tensor")
 """Mesh axes in mesh order: the innermost (`tensor`) gets the nearest devices."""
@@ -61,6 +62,8 @@ class Strategy:
         `PowerSGD(rank)`, `Sign()`, all with error feedback; None: float32.
       dcn: Axis sizes across slices or hosts with a slower network, e.g. `{"data": 2}`.
       allow_replicated: Parameter globs that may stay replicated without an error.
+      xla: Compiler flags of the step: "off", or presets of `shardtrain.xla_options` and
+        `xla_flag=value`s joined by "+", for example "latency-hiding+cublas".
 
     Raises:
       StrategyError: A value is out of range or two fields contradict each other.
@@ -92,6 +95,7 @@ class Strategy:
     compression: Any = None
     dcn: Mapping[str, int] = field(default_factory=dict)
     allow_replicated: tuple[str, ...] = ()
+    xla: str = OFF
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
@@ -193,6 +197,7 @@ _SCALARS: dict[str, type] = {
     "schedule": str,
     "remat": str,
     "precision": str,
+    "xla": str,
 }
 
 
@@ -285,6 +290,9 @@ def _check(s: Strategy) -> None:
     for name in ("sync", "compression"):
         check_component(name, getattr(s, name))
     check_pair(s.sync, s.compression)
+    if not isinstance(s.xla, str):
+        raise StrategyError(f"xla={s.xla!r} is not a string such as 'latency-hiding'")
+    check_xla(s.xla)
     norm = s.max_grad_norm
     if norm is not None and not (isinstance(norm, int | float) and norm > 0):
         raise StrategyError(f"max_grad_norm={s.max_grad_norm!r} is not a number > 0, or None")

@@ -153,7 +153,7 @@ def test_out_of_memory_says_how_much_is_missing():
 
 def test_the_compiler_running_out_of_memory_is_a_typed_error(devices):
     class Lowered:
-        def compile(self):
+        def compile(self, compiler_options=None):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 37.8G of 31.25G hbm.")
 
     with pytest.raises(OutOfMemoryError, match=r"needs 40\.6 GB, has 33\.6 GB"):

@@ -13,7 +13,7 @@ PACKAGE = Path(st.__file__).parent
 LAYERS = (
     ("errors", "pytree", "hardware", "compat", "tables"),
     ("replay",),
-    ("algorithms", "strategy"),
+    ("algorithms", "xla_options", "strategy"),
     ("modules", "mesh"),
     ("partitioning",),
     ("train", "pipeline", "ops"),

@@ -20,10 +20,11 @@ from shardtrain.plan.states import PlanStates
 from shardtrain.plan.stream import stream_findings
 from shardtrain.plan.views import PlanViews
 from shardtrain.plan.wide_products import wide_products
-from shardtrain.planner.compiled import Compiled
+from shardtrain.planner.compiled import Compiled, check_options
 from shardtrain.strategy import Strategy
 from shardtrain.sync import Algorithm
 from shardtrain.train import TrainState, with_rng
+from shardtrain.xla_options import OFF
 
 
 class Plan(PlanPrograms, PlanStates, PlanViews):
@@ -77,6 +78,9 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
             self.findings += wide_products(self.proof_loss, layout)
         if strategy.sequence_parallel and pipelined is None:
             self.findings += stream_findings(self.proof_loss, layout)
+        if hardware is None and strategy.xla != OFF:
+            # Before anything is trained: a flag the compiler does not know.
+            check_options(self.xla_options(), self.mesh.local_devices[0])
         self._jitted_step = self._make_step()
         self._jitted_eval = self._make_eval()
         self._jitted_eval_rows = self._make_eval_rows()

@@ -9,12 +9,15 @@ import jax
 from rich.console import Group
 
 from shardtrain.hardware import chip_of_device, measured_locally
+from shardtrain.hardware import hardware as find_hardware
 from shardtrain.modules import ModelForm
 from shardtrain.partitioning.rules import as_axes
 from shardtrain.plan.explain import device_bytes
 from shardtrain.plan.layout import Layout
+from shardtrain.planner.targets import compiler_for
 from shardtrain.strategy import Strategy
 from shardtrain.tables import Table, bytes_text
+from shardtrain.xla_options import describe_xla
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def summary_table(form: ModelForm, layout: Layout, s: Strategy, hardware: str | 
         ("devices", hardware or _devices(layout.mesh)),
         ("mesh", mesh),
         ("strategy", str(s)),
+        ("compiler", describe_xla(s.xla, plan_platform(layout.mesh, hardware))),
         ("batch", batch_arithmetic(layout, s)),
         ("parameters", _sharded(layout, s)),
         (
@@ -85,6 +89,13 @@ def _devices(mesh: Any) -> str:
     processes = len({d.process_index for d in mesh.devices.flat})
     across = f" in {processes} processes" if processes > 1 else ""
     return f"{mesh.size} {device.platform.upper()} ({device.device_kind}){across}"
+
+
+def plan_platform(mesh: Any, hardware: str | None) -> str:
+    """`cpu`, `gpu` or `tpu`: whose compiler makes a plan's programs."""
+    if hardware is None:
+        return mesh.devices.flat[0].platform
+    return compiler_for(find_hardware(hardware))[0]
 
 
 def local_hardware(mesh: Any) -> str:

@@ -8,7 +8,13 @@ import jax
 from shardtrain.partitioning.rules import as_axes
 from shardtrain.pipeline.schedules import Schedule, make_schedule
 from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
-from shardtrain.plan.report import Report, local_hardware, plan_figures, summary_table
+from shardtrain.plan.report import (
+    Report,
+    local_hardware,
+    plan_figures,
+    plan_platform,
+    summary_table,
+)
 from shardtrain.planner.collectives import Collective
 from shardtrain.planner.compiled import Compiled, compile_lowered
 from shardtrain.planner.remote import compile_elsewhere
@@ -16,6 +22,7 @@ from shardtrain.planner.time_estimate import StepEstimate, estimate_step
 from shardtrain.planner.traffic import collectives_table
 from shardtrain.tables import Table, bytes_text
 from shardtrain.train import split_batch
+from shardtrain.xla_options import describe_xla
 
 if TYPE_CHECKING:
     from shardtrain.plan.core import Plan
@@ -116,12 +123,13 @@ class PlanViews:
 
         Raises:
           OutOfMemoryError: The compiler found that the step does not fit.
+          XlaOptionError: The compiler does not know a flag of `Strategy(xla=...)`.
           HardwareError: The hardware is unknown.
         """
         asked = hardware or self.hardware
         if asked not in self._compiled:
             if asked is None:
-                found = compile_lowered(self._lower_step(), self.mesh)
+                found = compile_lowered(self._lower_step(), self.mesh, options=self.xla_options())
             else:
                 there = self if self.hardware == asked else self.again(hardware=asked)
                 found = compile_elsewhere(
@@ -130,6 +138,7 @@ class PlanViews:
                     there.layout.sizes,
                     asked,
                     dcn=there.strategy.dcn,
+                    options=there.xla_options(),
                 )
             self._compiled[asked] = found
         return self._compiled[asked]
@@ -173,6 +182,10 @@ class PlanViews:
     def summary(self: "Plan") -> Table:
         """Devices, mesh, batch arithmetic, parameters: what a run prints when it starts."""
         return summary_table(self.form, self.layout, self.strategy, self.hardware)
+
+    def xla_text(self: "Plan") -> str:
+        """Which compiler flags the step is compiled with."""
+        return describe_xla(self.strategy.xla, plan_platform(self.mesh, self.hardware))
 
     def report(self: "Plan") -> Report:
         """Everything known so far: the compiler's part is there once `compile()` has run."""

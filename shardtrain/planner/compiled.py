@@ -4,13 +4,14 @@ import html
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,7 @@ from shardtrain.planner.hlo import Module, parse_hlo
 from shardtrain.planner.lints import Lint, lint_collectives
 from shardtrain.planner.temporaries import Buffer, temporaries_at_peak
 from shardtrain.planner.traffic import axes_text, collectives_table, format_bytes, total_bytes
+from shardtrain.xla_options import Value, xla_option_error
 
 
 @dataclass(frozen=True)
@@ -206,28 +208,57 @@ def read_compiled(
     )
 
 
-def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh, note: str = "") -> Compiled:
+def compile_lowered(
+    lowered: jax.stages.Lowered,
+    mesh: Mesh,
+    note: str = "",
+    options: Mapping[str, Value] | None = None,
+) -> Compiled:
     """Compile a lowered program and read it.
 
     Args:
         lowered: `jax.jit(f).lower(...)` for the mesh's devices, real or of a `Target`.
         mesh: names for its devices.
         note: kept with the result (`Target.note`).
+        options: flags of the compiler for this program; see `shardtrain.xla_options`.
 
     Raises:
         OutOfMemoryError: the compiler found that the program does not fit the device's memory.
+        XlaOptionError: the compiler does not know one of the options.
     """
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
             # Without a device what the persistent cache holds cannot be loaded; it is compiled.
             warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=dict(options) if options else None)
     except jax.errors.JaxRuntimeError as error:
+        refused = xla_option_error(str(error), dict(options or {}))
+        if refused is not None:
+            raise refused from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise out_of_memory(str(error), mesh.devices.flat[0].device_kind) from error
     return read_compiled(compiled, mesh, time.perf_counter() - start, note)
+
+
+def check_options(options: Mapping[str, Value], device: jax.Device) -> None:
+    """Ask a device's compiler whether it knows these options, with a program of one addition.
+
+    Raises:
+        XlaOptionError: it does not know one of them, or not with that value.
+    """
+    if not options:
+        return
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    lowered = jax.jit(lambda x: x + 1).lower(number)
+    try:
+        lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        refused = xla_option_error(str(error), dict(options))
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def out_of_memory(message: str, device_kind: str) -> OutOfMemoryError:

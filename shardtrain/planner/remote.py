@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ import jax
 import jax.export
 from jax.sharding import AxisType, Mesh
 
-from shardtrain.errors import HardwareError, OutOfMemoryError
+from shardtrain.errors import HardwareError, OutOfMemoryError, XlaOptionError
 from shardtrain.hardware import Hardware, hardware
 from shardtrain.mesh.build import device_grid
 from shardtrain.planner.collective import Collective
 from shardtrain.planner.compiled import Compiled, compile_lowered
 from shardtrain.planner.targets import compiler_for, target_devices
 from shardtrain.planner.temporaries import Buffer
+from shardtrain.xla_options import Value
 
 _CUSTOM_CALL = re.compile(r'custom_call\s*@"?([\w.$\-]+)|call_target_name = "([^"]+)"')
 
@@ -47,6 +48,7 @@ class Request:
         axes: (mesh axis, size) pairs.
         dcn: (mesh axis, size across slices or hosts) pairs.
         hardware: as in `shardtrain.hardware`.
+        options: flags of the compiler for this program.
     """
 
     exported: jax.export.Exported
@@ -55,6 +57,7 @@ class Request:
     axes: tuple[tuple[str, int], ...]
     dcn: tuple[tuple[str, int], ...]
     hardware: str
+    options: Mapping[str, Value] = field(default_factory=dict)
 
 
 def leaf_names(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, ...]:
@@ -98,6 +101,7 @@ def compile_elsewhere(
     spec: str | Hardware,
     *,
     dcn: Mapping[str, int] | None = None,
+    options: Mapping[str, Value] | None = None,
     timeout: float = 1800.0,
 ) -> Compiled:
     """Compile a step for hardware that is not here, in a child process.
@@ -108,11 +112,13 @@ def compile_elsewhere(
         axes: sizes of the mesh axes by name, in the mesh's order.
         spec: hardware string, `"v5e:4x4"`; CPU devices stand in where its compiler is missing.
         dcn: parts of the axes that go across slices or hosts.
+        options: flags of the compiler for this program; see `shardtrain.xla_options`.
         timeout: seconds after which the child is ended.
 
     Raises:
         ValueError: an argument has no sharding, so it is not known where it would live.
         OutOfMemoryError: the compiler found that the step does not fit one device.
+        XlaOptionError: the compiler does not know one of the options.
         HardwareError: the mesh has another number of devices; the child took too long or failed
             (the end of what it wrote is quoted).
     """
@@ -136,6 +142,7 @@ def compile_elsewhere(
         axes=tuple(axes.items()),
         dcn=tuple((dcn or {}).items()),
         hardware=str(asked),
+        options=dict(options or {}),
     )
     with tempfile.TemporaryDirectory(prefix="shardtrain-compile-") as directory:
         write_request(Path(directory), request)
@@ -160,8 +167,9 @@ def _run_child(directory: str, asked: Hardware, timeout: float) -> None:
         raise HardwareError(f"compiling for {asked} took longer than {timeout:.0f} s") from error
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        if "OutOfMemoryError" in done.stderr:
-            raise OutOfMemoryError(tail.partition("OutOfMemoryError: ")[2] or tail)
+        for kind in (OutOfMemoryError, XlaOptionError):
+            if kind.__name__ in done.stderr:
+                raise kind(tail.partition(f"{kind.__name__}: ")[2] or tail)
         raise HardwareError(
             f"compiling for {asked} failed in a child process (status {done.returncode}):\n{tail}"
         )
@@ -207,7 +215,7 @@ def compile_request(request: Request) -> Compiled:
 
     start = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=0).lower(arguments[True], arguments[False])
-    result = compile_lowered(lowered, mesh, target.note)
+    result = compile_lowered(lowered, mesh, target.note, request.options)
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 

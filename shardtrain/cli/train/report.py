@@ -31,6 +31,7 @@ def print_start(console: Console, plan: Plan, lines: Mapping[str, str]) -> None:
     for label, text in lines.items():
         _item(console, label, text)
     _item(console, "strategy", str(plan.strategy))
+    _item(console, "compiler", plan.xla_text())
     _item(console, "mesh", mesh_text(plan.mesh))
     sizes = [leaf.size for leaf in jax.tree.leaves(plan.layout.batch)]
     _item(console, "batch", f"{batch_arithmetic(plan)}; {max(sizes):,} tokens per step")

@@ -118,6 +118,16 @@ PRESETS: dict[str, dict[str, tuple[XlaFlag, ...]]] = {
 """Preset -> platform -> flags. A preset says nothing on a platform it does not list."""
 
 
+RENAMED: dict[str, tuple[str, Value]] = {
+    f"xla_gpu_enable_pipelined_{kind}": (
+        f"xla_gpu_pipeline_{kind}",
+        "COLLECTIVE_PIPELINING_MODE_ON",
+    )
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+}
+"""Flags of presets that newer compilers know by another name (seen: jaxlib 0.10 and 0.12)."""
+
+
 def check_xla(text: str) -> None:
     """Whether a `Strategy(xla=...)` can be read; the compiler is not asked.
 
@@ -192,6 +202,19 @@ def xla_option_error(message: str, options: Options) -> XlaOptionError | None:
         f"were {shown}. Flags come and go with versions of jaxlib and libtpu, and each platform "
         "has its own: leave it out, or write xla='off'"
     )
+
+
+def renamed(message: str, options: Options) -> Options | None:
+    """Options with the one that a compiler does not know under its newer name; None: it has none.
+
+    Args:
+      message: Text of the `JaxRuntimeError`.
+      options: What was passed.
+    """
+    for old, (new, value) in RENAMED.items():
+        if f"No such compile option: '{old}'" in message and options.get(old) is True:
+            return {k: v for k, v in options.items() if k != old} | {new: value}
+    return None
 
 
 def _parts(text: str) -> list[str | XlaFlag]:

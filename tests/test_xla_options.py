@@ -9,10 +9,12 @@ import pytest
 import shardtrain as st
 from shardtrain.cli import main
 from shardtrain.errors import StrategyError, XlaOptionError
+from shardtrain.planner.compiled import accepted_options
 from shardtrain.xla_options import (
     PRESETS,
     compiler_options,
     describe_xla,
+    renamed,
     xla_flags,
     xla_option_error,
 )
@@ -79,7 +81,7 @@ def test_a_strategy_carries_it_as_text_and_json():
 
 def test_a_known_flag_reaches_the_compiler_and_changes_nothing_else():
     plain, tuned = make_plan("off"), make_plan("xla_cpu_prefer_vector_width=128")
-    assert tuned.xla_options() == {"xla_cpu_prefer_vector_width": "128"}
+    assert tuned.xla_options == {"xla_cpu_prefer_vector_width": "128"}
     losses = []
     for plan in (plain, tuned):
         state, _ = plan.step(plan.init(), BATCH)
@@ -112,6 +114,20 @@ def test_the_flags_travel_to_another_compiler():
 
 def test_other_complaints_of_the_compiler_are_left_alone():
     assert xla_option_error("RESOURCE_EXHAUSTED: out of memory", {}) is None
+
+
+def test_a_flag_of_a_preset_is_passed_by_the_name_this_compiler_knows():
+    names = [f"xla_gpu_{kind}" for kind in ("enable_pipelined_all_gather", "pipeline_all_gather")]
+    asked = compiler_options("pipelined-collectives", "gpu")
+    accepted = accepted_options(asked, jax.devices()[0])  # every compiler knows flags of GPUs
+    assert len(accepted) == len(asked) == 4
+    assert len([n for n in names if n in accepted]) == 1
+    message = "INVALID_ARGUMENT: No such compile option: 'xla_gpu_enable_pipelined_all_gather'"
+    assert renamed(message, {names[0]: True, "xla_a": "1"}) == {
+        names[1]: "COLLECTIVE_PIPELINING_MODE_ON",
+        "xla_a": "1",
+    }
+    assert renamed(message, {"xla_a": "1"}) is None
 
 
 def test_what_a_run_prints():

@@ -16,15 +16,16 @@ from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.plan.pipelined import Pipelined
 from shardtrain.plan.placement import PlacedCheck, check_batch, own, place_key, place_tree
 from shardtrain.plan.programs import PlanPrograms
+from shardtrain.plan.report import plan_platform
 from shardtrain.plan.states import PlanStates
 from shardtrain.plan.stream import stream_findings
 from shardtrain.plan.views import PlanViews
 from shardtrain.plan.wide_products import wide_products
-from shardtrain.planner.compiled import Compiled, check_options
+from shardtrain.planner.compiled import Compiled, accepted_options
 from shardtrain.strategy import Strategy
 from shardtrain.sync import Algorithm
 from shardtrain.train import TrainState, with_rng
-from shardtrain.xla_options import OFF
+from shardtrain.xla_options import compiler_options
 
 
 class Plan(PlanPrograms, PlanStates, PlanViews):
@@ -78,9 +79,11 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
             self.findings += wide_products(self.proof_loss, layout)
         if strategy.sequence_parallel and pipelined is None:
             self.findings += stream_findings(self.proof_loss, layout)
-        if hardware is None and strategy.xla != OFF:
+        platform = plan_platform(self.mesh, hardware)
+        self.xla_options = compiler_options(strategy.xla, platform)
+        if hardware is None and self.xla_options:
             # Before anything is trained: a flag the compiler does not know.
-            check_options(self.xla_options(), self.mesh.local_devices[0])
+            self.xla_options = accepted_options(self.xla_options, self.mesh.local_devices[0])
         self._jitted_step = self._make_step()
         self._jitted_eval = self._make_eval()
         self._jitted_eval_rows = self._make_eval_rows()

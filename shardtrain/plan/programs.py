@@ -11,10 +11,8 @@ from shardtrain.plan.grads import GradientPlan, make_gradients
 from shardtrain.plan.loss import make_loss
 from shardtrain.plan.pipelined import pipeline_gradients, reduced_once
 from shardtrain.plan.replicas import replica_gradients
-from shardtrain.plan.report import plan_platform
 from shardtrain.plan.stream import constrain_stream
 from shardtrain.train import LossFn, TrainState, make_eval, make_step, over_rows
-from shardtrain.xla_options import Options, compiler_options
 
 if TYPE_CHECKING:
     from shardtrain.plan.core import Plan
@@ -97,12 +95,9 @@ class PlanPrograms:
             in_shardings=(shardings, self._replicated(), layout.batch_shardings),
             out_shardings=(shardings, self._replicated()),
             donate_argnums=(0,) if self.donate else (),
-            compiler_options=self.xla_options() or None if self.hardware is None else None,
+            # Compiled elsewhere, the step becomes part of another program, which then has them.
+            compiler_options=(self.xla_options or None) if self.hardware is None else None,
         )
-
-    def xla_options(self: "Plan") -> Options:
-        """What `Strategy(xla=...)` means to the compiler of the plan's devices."""
-        return compiler_options(self.strategy.xla, plan_platform(self.mesh, self.hardware))
 
     def _raw(self: "Plan", rng: jax.Array) -> jax.Array:
         """The run's key as plain integers: a typed key costs Python time at every dispatch.

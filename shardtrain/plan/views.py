@@ -129,7 +129,7 @@ class PlanViews:
         asked = hardware or self.hardware
         if asked not in self._compiled:
             if asked is None:
-                found = compile_lowered(self._lower_step(), self.mesh, options=self.xla_options())
+                found = compile_lowered(self._lower_step(), self.mesh, options=self.xla_options)
             else:
                 there = self if self.hardware == asked else self.again(hardware=asked)
                 found = compile_elsewhere(
@@ -138,7 +138,7 @@ class PlanViews:
                     there.layout.sizes,
                     asked,
                     dcn=there.strategy.dcn,
-                    options=there.xla_options(),
+                    options=there.xla_options,
                 )
             self._compiled[asked] = found
         return self._compiled[asked]

@@ -23,7 +23,7 @@ from shardtrain.planner.hlo import Module, parse_hlo
 from shardtrain.planner.lints import Lint, lint_collectives
 from shardtrain.planner.temporaries import Buffer, temporaries_at_peak
 from shardtrain.planner.traffic import axes_text, collectives_table, format_bytes, total_bytes
-from shardtrain.xla_options import Value, xla_option_error
+from shardtrain.xla_options import Options, Value, renamed, xla_option_error
 
 
 @dataclass(frozen=True)
@@ -231,34 +231,45 @@ def compile_lowered(
         with warnings.catch_warnings():
             # Without a device what the persistent cache holds cannot be loaded; it is compiled.
             warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
-            compiled = lowered.compile(compiler_options=dict(options) if options else None)
+            compiled, _ = compile_with(lowered, dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
-        refused = xla_option_error(str(error), dict(options or {}))
-        if refused is not None:
-            raise refused from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise out_of_memory(str(error), mesh.devices.flat[0].device_kind) from error
     return read_compiled(compiled, mesh, time.perf_counter() - start, note)
 
 
-def check_options(options: Mapping[str, Value], device: jax.Device) -> None:
+def compile_with(lowered: jax.stages.Lowered, options: Options) -> tuple[Any, Options]:
+    """Compile with options; those a newer compiler calls otherwise are passed by that name.
+
+    Returns:
+        The compiled program, and the options as they were accepted.
+
+    Raises:
+        XlaOptionError: the compiler does not know one of them, or not with that value.
+    """
+    try:
+        return lowered.compile(compiler_options=options or None), options
+    except jax.errors.JaxRuntimeError as error:
+        newer = renamed(str(error), options)
+        if newer is None:
+            refused = xla_option_error(str(error), options)
+            if refused is None:
+                raise
+            raise refused from error
+    return compile_with(lowered, newer)
+
+
+def accepted_options(options: Options, device: jax.Device) -> Options:
     """Ask a device's compiler whether it knows these options, with a program of one addition.
 
     Raises:
         XlaOptionError: it does not know one of them, or not with that value.
     """
     if not options:
-        return
+        return options
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
-    lowered = jax.jit(lambda x: x + 1).lower(number)
-    try:
-        lowered.compile(compiler_options=dict(options))
-    except jax.errors.JaxRuntimeError as error:
-        refused = xla_option_error(str(error), dict(options))
-        if refused is None:
-            raise
-        raise refused from error
+    return compile_with(jax.jit(lambda x: x + 1).lower(number), options)[1]
 
 
 def out_of_memory(message: str, device_kind: str) -> OutOfMemoryError:

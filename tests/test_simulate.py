@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import optax
 import pytest
 
 import shardtrain as st
@@ -89,3 +90,26 @@ def test_enough_devices_is_no_reset(devices):
     with pytest.raises(SimulationError, match="JAX already started with 8 CPU devices"):
         st.simulate(9)
     assert jax.devices() == devices
+
+
+def test_devices_made_by_simulate_have_threads_to_wait_in():
+    code = (
+        "import os, shardtrain as st\nst.simulate(2); print(os.environ['NPROC'])\n"
+        "st.simulate(4, reset=True); print(os.environ['NPROC'])"
+    )
+    assert run(code, NPROC="3") == "16\n32\n"
+
+
+def test_a_plan_on_devices_with_too_few_threads_says_so(monkeypatch):
+    model = st.Functional(init=lambda key: {"w": jax.numpy.zeros((4,))})
+    batch = {"x": jax.ShapeDtypeStruct((8, 4), "float32")}
+    make = lambda: st.plan(
+        model, lambda v, b: jax.numpy.mean((b["x"] @ v["w"]) ** 2), optax.sgd(0.1), batch, "data=8"
+    )
+    assert make().findings == ()
+    monkeypatch.setenv("NPROC", "9")
+    assert make().findings == (
+        "8 CPU devices share 9 XLA threads: collectives can wait for each other for ever (XLA "
+        "aborts after 40 s). Make the devices with st.simulate(8), or set NPROC=64 before JAX "
+        "starts",
+    )

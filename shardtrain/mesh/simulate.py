@@ -1,13 +1,16 @@
 """Virtual CPU devices, before or after JAX has started."""
 
 import os
+from typing import Any
 
 import jax
 
 from shardtrain import compat
 from shardtrain.errors import SimulationError
 
+# A device waits in at most one collective per loop that runs, and in one beside them.
 _THREADS_PER_DEVICE = 8
+_FEWEST_PER_DEVICE = 4
 
 
 def simulate(num_devices: int, reset: bool = False) -> list[jax.Device]:
@@ -50,9 +53,11 @@ def simulate(num_devices: int, reset: bool = False) -> list[jax.Device]:
 def _start(num_devices: int) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
-    # XLA sizes its CPU thread pool by this, or by the cores. A device may wait in two collectives
-    # of one program, each on a thread: with few threads devices wait for each other for ever.
-    os.environ.setdefault("NPROC", str(_THREADS_PER_DEVICE * num_devices))
+    # XLA sizes its CPU thread pool by this, or by the cores. A waiting collective keeps its thread,
+    # and one device may wait in several (in a loop, and behind it): with as many threads as
+    # devices, those that still have to arrive may find none.
+    threads = max(int(os.environ.get("NPROC") or 0), _THREADS_PER_DEVICE * num_devices)
+    os.environ["NPROC"] = str(threads)
     devices = jax.devices()
     if len(devices) != num_devices:
         raise SimulationError(
@@ -60,6 +65,25 @@ def _start(num_devices: int) -> list[jax.Device]:
             "configures them (look for JAX_NUM_CPU_DEVICES or XLA_FLAGS in the environment)"
         )
     return devices
+
+
+def few_threads(mesh: Any) -> str:
+    """What to know about CPU devices that were not made by `simulate`; "" where all is well.
+
+    Args:
+      mesh: The mesh of a plan; may be abstract.
+    """
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return ""
+    local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    threads = max(int(os.environ.get("NPROC") or os.cpu_count() or 1), len(local))
+    if len(local) < 2 or local[0].platform != "cpu" or threads >= _FEWEST_PER_DEVICE * len(local):
+        return ""
+    return (
+        f"{len(local)} CPU devices share {threads} XLA threads: collectives can wait for each "
+        f"other for ever (XLA aborts after 40 s). Make the devices with st.simulate({len(local)}), "
+        f"or set NPROC={_THREADS_PER_DEVICE * len(local)} before JAX starts"
+    )
 
 
 def _too_late(num_devices: int, devices: list[jax.Device]) -> str:

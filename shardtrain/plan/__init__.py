@@ -10,7 +10,7 @@ import optax
 from shardtrain.errors import StrategyError
 from shardtrain.hardware import Hardware
 from shardtrain.hardware import hardware as find_hardware
-from shardtrain.mesh import abstract_mesh, build_mesh
+from shardtrain.mesh import abstract_mesh, build_mesh, few_threads
 from shardtrain.modules import model_form
 from shardtrain.plan.core import Plan
 from shardtrain.plan.inference import INFERRED_AXES, axis_table, infer_layout
@@ -114,7 +114,8 @@ def plan(
         again=again,
         example=None if _is_abstract(batch) else batch,
         hardware=None if hardware is None else str(hardware),
-        findings=(inferred.findings if inferred is not None else ())
+        findings=tuple(filter(None, (few_threads(mesh),)))
+        + (inferred.findings if inferred is not None else ())
         + (stage_notes(pipelined) if pipelined is not None else ()),
         pipelined=pipelined,
         axis_table=table,

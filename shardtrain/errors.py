@@ -88,6 +88,10 @@ class HardwareError(ShardtrainError):
     """A hardware string is not known."""
 
 
+class KernelNeedsDevicesError(HardwareError):
+    """A kernel of the step cannot be lowered without the devices it would run on."""
+
+
 class DistributedError(ShardtrainError):
     """Processes could not be joined, or disagree."""
 

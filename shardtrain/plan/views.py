@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from shardtrain.errors import HardwareError, KernelNeedsDevicesError
 from shardtrain.partitioning.rules import as_axes
 from shardtrain.pipeline.schedules import Schedule, make_schedule
 from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
@@ -18,6 +19,7 @@ from shardtrain.plan.report import (
 from shardtrain.planner.collectives import Collective
 from shardtrain.planner.compiled import Compiled, compile_lowered
 from shardtrain.planner.remote import compile_elsewhere
+from shardtrain.planner.targets import target_devices
 from shardtrain.planner.time_estimate import StepEstimate, estimate_step
 from shardtrain.planner.traffic import collectives_table
 from shardtrain.tables import Table, bytes_text
@@ -132,16 +134,27 @@ class PlanViews:
                 found = compile_lowered(self._lower_step(), self.mesh, options=self.xla_options)
             else:
                 there = self if self.hardware == asked else self.again(hardware=asked)
-                found = compile_elsewhere(
-                    there._jitted_step,
-                    there._step_arguments(),
-                    there.layout.sizes,
-                    asked,
-                    dcn=there.strategy.dcn,
-                    options=there.xla_options,
-                )
+                try:
+                    found = compile_elsewhere(
+                        there._jitted_step,
+                        there._step_arguments(),
+                        there.layout.sizes,
+                        asked,
+                        dcn=there.strategy.dcn,
+                        options=there.xla_options,
+                    )
+                except KernelNeedsDevicesError as error:
+                    found = self._compile_described(asked, error)
             self._compiled[asked] = found
         return self._compiled[asked]
+
+    def _compile_described(self: "Plan", asked: str, why: KernelNeedsDevicesError) -> Compiled:
+        """Compile in this process, for devices that a compiler describes and nobody has."""
+        target = target_devices(asked)
+        if target.is_proxy or not target.devices:
+            raise HardwareError(f"{asked}: {why}; {target.note}") from why
+        there = self.again(hardware=None, devices=list(target.devices))
+        return compile_lowered(there._lower_step(), there.mesh, target.note, there.xla_options)
 
     @property
     def is_compiled(self: "Plan") -> bool:

@@ -25,7 +25,12 @@ import jax
 import jax.export
 from jax.sharding import AxisType, Mesh
 
-from shardtrain.errors import HardwareError, OutOfMemoryError, XlaOptionError
+from shardtrain.errors import (
+    HardwareError,
+    KernelNeedsDevicesError,
+    OutOfMemoryError,
+    XlaOptionError,
+)
 from shardtrain.hardware import Hardware, hardware
 from shardtrain.mesh.build import device_grid
 from shardtrain.planner.collective import Collective
@@ -76,6 +81,9 @@ def export_step(function: Any, args: tuple[Any, ...], platform: str) -> jax.expo
         function: a `jax.jit` function.
         args: positional arguments; arrays or `jax.ShapeDtypeStruct` with shardings.
         platform: `cpu`, `tpu` or `cuda`.
+
+    Raises:
+        KernelNeedsDevicesError: a kernel (cuDNN's attention) that JAX lowers only for devices.
     """
     leaves, tree = jax.tree.flatten(args)
 
@@ -86,6 +94,8 @@ def export_step(function: Any, args: tuple[Any, ...], platform: str) -> jax.expo
     try:
         return export(jax.jit(flat), platforms=(platform,))(*leaves)
     except ValueError as error:
+        if "require devices to be present" in str(error):
+            raise KernelNeedsDevicesError(f"the step cannot be exported: {error}") from error
         # Kernels without a promise of stability: harmless between two processes of one version.
         names = {a or b for a, b in _CUSTOM_CALL.findall(str(error))}
         if "compatibility guarantees" not in str(error) or not names:

@@ -1,5 +1,7 @@
 """Compiler flags of a strategy: presets, flags by name, and what the compiler refuses."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +157,8 @@ def test_a_kernel_that_needs_devices_is_compiled_here_or_not_at_all(monkeypatch)
     def refuse(*args, **kwargs):
         raise KernelNeedsDevicesError("a kernel needs devices")
 
-    monkeypatch.setattr("shardtrain.plan.views.compile_elsewhere", refuse)
+    views = importlib.import_module("shardtrain.plan.views")
+    monkeypatch.setattr(views, "compile_elsewhere", refuse)
     compiled = make_plan("off", hardware="cpu:8").compile()
     assert (compiled.argument_bytes, compiled.note) == (52, "compiled for 8 CPU devices")
     plan = make_plan("off", hardware="mi300x:1")

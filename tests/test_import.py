@@ -83,6 +83,18 @@ def test_import_is_light_and_touches_nothing():
     assert lines[1:] == ["[]", "True"]
 
 
+def test_planning_and_training_in_memory_import_nothing_slow():
+    """What only checkpoints, shuffles or pictures need waits until one is asked for."""
+    lines = python(
+        "import sys\nimport jax, flax.nnx, optax\nbefore = set(sys.modules)\n"
+        "import shardtrain as st\n"
+        "st.plan, st.fit, st.DataLoader, st.Checkpointer\n"
+        "slow = {'scipy', 'orbax', 'tensorstore', 'grain', 'matplotlib', 'IPython'}\n"
+        "print(sorted(slow & (set(sys.modules) - before)))\n"
+    )
+    assert lines == ["[]"]
+
+
 def test_using_every_name_and_planning_start_no_backend():
     lines = python(
         "import jax, jax.numpy as jnp, optax\n"

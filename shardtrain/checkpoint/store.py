@@ -4,7 +4,7 @@ Design: the free functions of Orbax's v1 API (seen on 0.12.8), not its `Checkpoi
 decides by itself when to save and what to delete, skips saves below its latest step silently, and
 raises the error of one save at the next. Steps, retention and errors are ours (see `checkpointer`);
 Orbax writes the arrays of all processes, in parallel, and renames the directory when they are all
-there.
+there. It is imported when something is written or read: that takes half as long as importing JAX.
 """
 
 import atexit
@@ -15,8 +15,6 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from orbax.checkpoint import v1 as ocp
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 """What Orbax appends to the name of a directory that is not committed."""
@@ -44,6 +42,7 @@ def save_async(directory: Path, arrays: Mapping[str, Any], timeout: int) -> Pend
         arrays: jax arrays on any mesh, or numpy arrays; none of zero size.
         timeout: seconds after which a process gives up on the others.
     """
+    ocp = _orbax()
     with _context(timeout=timeout):
         response = ocp.save_async(str(directory), dict(arrays), checkpointable_name=ARRAYS)
     return PendingSave(response)
@@ -58,12 +57,19 @@ def load(directory: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not targets:
         return {}
+    ocp = _orbax()
     with _context(partial=True):
         return ocp.load(str(directory), dict(targets), checkpointable_name=ARRAYS)
 
 
+def _orbax() -> Any:
+    from orbax.checkpoint import v1
+
+    return v1
+
+
 def _context(timeout: int = 300, partial: bool = False) -> Any:
-    context = ocp.Context()
+    context = _orbax().Context()
     context.asynchronous.timeout_secs = timeout
     # float weights shrink by a few percent only, for three times the time
     context.array.saving.use_compression = False
@@ -103,5 +109,6 @@ def before_threads_stop(callback: Callable[[], None]) -> None:
     `atexit` is too late: by then `concurrent.futures` refuses new work and a save in flight dies.
     `threading._register_atexit` is private; seen in Python 3.9 to 3.14.
     """
+    _orbax()  # callbacks run last registered first: ours must come after what Orbax registers
     register = getattr(threading, "_register_atexit", atexit.register)
     register(callback)

@@ -9,7 +9,6 @@ the position.
 import dataclasses
 from collections.abc import Sequence
 
-import grain
 import numpy as np
 
 from shardtrain.errors import DataError
@@ -51,6 +50,8 @@ class Order:
             return _weighted(np.asarray(self.weights, np.float64), self.seed, positions)
         if not self.shuffle:
             return np.asarray(positions, np.int64) % self.length
+        import grain  # here, as it takes half as long as importing JAX: only a shuffle needs it
+
         permuted = grain.MapDataset.range(self.length).seed(self.seed).shuffle().repeat()
         return np.asarray([permuted[int(position)] for position in positions], np.int64)
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from shardtrain.errors import PartitionError
 from shardtrain.partitioning.infer.costs import Costs
@@ -42,6 +41,9 @@ def choose(
     """
     if not found or n == 1:
         return []
+    # Imported here: scipy.optimize takes as long to import as JAX, and most plans have no choice.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     program = _Program(costs, found, n, comm_weight)
     rows = [LinearConstraint(np.array(program.rows), -np.inf, np.array(program.upper))]
     if forbid is not None:

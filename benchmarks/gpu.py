@@ -219,8 +219,10 @@ def main(given: list[str] | None = None) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts: it then keeps the CUDA plugin
         import gpu_deviceless
 
-        found = environment() | gpu_deviceless.run(options.only)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        found = json.loads(options.json.read_text()) if options.continue_ else {}
+        for part in gpu_deviceless.run(options.only):
+            found |= environment() | part
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
         return
     results: dict[str, Any] = {}
     if options.continue_ and options.json.exists():

@@ -18,6 +18,8 @@ from flax import nnx
 import shardtrain as st
 from shardtrain.models import Decoder, DecoderConfig
 from shardtrain.models.decoder import Block
+from shardtrain.models.layers import Attention
+from shardtrain.modules.intercept import remat_policy
 
 _SMALL = DecoderConfig(vocab_size=32_768, head_dim=128, rope_theta=500_000.0, attention="auto")
 SHAPES = {
@@ -119,16 +121,6 @@ class ScannedDecoder(Decoder):
         return self.norm(loop(self.blocks, self.embedding(tokens)))
 
 
-def remat_policy(name: str) -> Any:
-    """The policy of `jax.checkpoint` that a `Strategy` calls by this name."""
-    policies = jax.checkpoint_policies
-    return {
-        "full": None,
-        "dots": policies.dots_saveable,
-        "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
-    }[name]
-
-
 def make_model(case: Case) -> Any:
     """The function `rngs -> model` of a case."""
 
@@ -137,12 +129,15 @@ def make_model(case: Case) -> Any:
             return ScannedDecoder(case.config, remat=case.remat, rngs=rngs)
         return Decoder(case.config, rngs=rngs)
 
-    return with_fp8(make, case) if case.precision == "fp8" else make
+    return with_fp8(case) if case.precision == "fp8" else make
 
 
-def with_fp8(make: Any, case: Case) -> Any:
+def with_fp8(case: Case) -> Any:
     """The same model with FP8 matmuls in its blocks (e4m3, scaled per tensor at every step)."""
     import qwix
+
+    # qwix runs the model once as it is made, in float32, which cuDNN's attention does not take.
+    make = make_model(dataclasses.replace(case, precision="bf16", attention="xla"))
 
     kind = jnp.float8_e4m3fn
     rule = qwix.QtRule(
@@ -158,6 +153,9 @@ def with_fp8(make: Any, case: Case) -> Any:
         model = qwix.quantize_model(
             make(rngs), qwix.QtProvider([rule]), tokens, tokens, methods=("nats",)
         )
+        for _, part in nnx.iter_graph(model):
+            if isinstance(part, Attention):
+                part.implementation = case.config.attention
         return model
 
     return quantized
@@ -239,13 +237,17 @@ TOKENS = (32_768, 16_384, 8_192)
 def choose(case: Case, limit: float, tokens: tuple[int, ...] = TOKENS) -> Choice:
     """The largest batch with the least recomputation that `plan.memory()` says fits.
 
+    A loop over layers would keep every intermediate in float32, and write and read it; there only
+    the results of matmuls and attention are kept from the start.
+
     Args:
       case: Shape and length; rows, remat and moments are chosen.
       limit: Bytes of the device.
       tokens: Tokens per step to try, largest first.
     """
     rejected: list[tuple[str, int]] = []
-    for remat in ("none", "dots_no_batch", "full"):
+    policies = ("dots_no_batch", "full") if case.scanned else ("none", "dots_no_batch", "full")
+    for remat in policies:
         one = dataclasses.replace(case, rows=1, remat=remat, moments="fp32")
         memory = make_plan(one).memory()
         for moments in ("fp32", "bf16"):

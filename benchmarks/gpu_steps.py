@@ -51,6 +51,7 @@ def hand_written(case: Case) -> Any:
 
     def total(params: Any, batch: Any) -> jax.Array:
         model = nnx.merge(graph, nnx.State(jax.tree.map(half, params)))
+        model.embedding.dtype = jnp.bfloat16  # else it gives float32, and so does all behind it
         return loss_fn(model, batch).value
 
     if case.remat != "none" and not case.scanned:

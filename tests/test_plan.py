@@ -1,5 +1,7 @@
 """What a plan promises: communication, recomputation, models given back, refusals by name."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from shardtrain.errors import (
     UnknownAxisError,
     UnusedRuleError,
 )
+from shardtrain.modules.intercept import remat_policy
 from shardtrain.pytree import leaves_by_path
 
 BATCH = {
@@ -131,6 +134,15 @@ def test_remat_recomputes_each_block_and_changes_no_number(devices, model):
     assert results["full"] == (4, 2)
     assert results["dots"] == (4, 2)
     assert results["dots_no_batch"] == (4, 2)
+
+
+def test_policies_for_matmuls_keep_fused_attention(devices):
+    """cuDNN's kernel cannot be traced without cuDNN: the policy is asked by name."""
+    for name in ("dots", "dots_no_batch"):
+        policy = remat_policy(name)
+        assert policy(SimpleNamespace(name="dot_product_attention_fwd_wrapper"))
+        assert not policy(jax.lax.sin_p)
+    assert remat_policy("full") is None
 
 
 def test_remat_of_a_model_without_blocks_covers_the_whole_loss(devices):

@@ -24,10 +24,18 @@ from shardtrain.modules.compute_dtype import (
 )
 
 _POLICIES: dict[str, Any] = {
-    "full": None,
-    "dots": "dots_saveable",
-    "dots_no_batch": "dots_with_no_batch_dims_saveable",
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+_FUSED_ATTENTION = frozenset(
+    {
+        "dot_product_attention_fwd",
+        "dot_product_attention_fwd_wrapper",
+        "dot_product_attention_fp8_fwd",
+        "dot_product_attention_fp8_fwd_wrapper",
+    }
+)
+"""cuDNN's kernels: matmuls too, with a result no larger than their input."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,18 @@ class Calls:
 
 
 def remat_policy(name: str) -> Any:
-    """The `jax.checkpoint` policy of a remat name (None: save nothing)."""
-    chosen = _POLICIES[name]
-    return getattr(jax.checkpoint_policies, chosen) if chosen else None
+    """The `jax.checkpoint` policy of a remat name (None: save nothing).
+
+    JAX's own policies for matmuls recompute a fused attention kernel; here it counts as one.
+    """
+    if name == "full":
+        return None
+    is_dot = _POLICIES[name]
+
+    def keep(primitive: Any, *avals: Any, **params: Any) -> Any:
+        return primitive.name in _FUSED_ATTENTION or is_dot(primitive, *avals, **params)
+
+    return keep
 
 
 @contextlib.contextmanager

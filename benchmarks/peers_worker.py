@@ -55,10 +55,10 @@ class JaxProgram:
         self.batch = make_batch(spec)
         script = importlib.import_module(spec["script"])
         config = DecoderConfig(**spec["config"])
-        self.state, self.step = script.start(
+        self.state, self.step, *found = script.start(
             config, self.batch, spec["num_devices"], spec["layout"]
         )
-        params = getattr(self.state, "params", None)
+        params = found[0] if found else getattr(self.state, "params", None)
         params = self.state[0] if params is None else params
         self.parameters = sum(x.size for x in jax.tree.leaves(params))
         self.shardings = sorted({str(x.sharding.spec) for x in jax.tree.leaves(params)})

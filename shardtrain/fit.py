@@ -293,7 +293,7 @@ class _Pending:
 
 
 def _record(item: _Pending, result: FitResult, listeners: Sequence[Callback]) -> dict[str, float]:
-    values = {name: float(np.asarray(value)) for name, value in item.metrics.items()}
+    values = {name: float(value) for name, value in jax.device_get(item.metrics).items()}
     now = time.perf_counter()
     values["seconds"] = now - item.started
     values["data_seconds"] = item.ready - item.started

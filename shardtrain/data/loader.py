@@ -38,7 +38,8 @@ class DataLoader:
         transform: `transform(example)` or `transform(example, rng)`; `rng` is a numpy `Generator`
             that depends on (seed, position) only, so augmentation is the same on any layout.
         shuffle: False reads the source in order.
-        prefetch: batches read ahead by a thread under sequential access; 0 for none.
+        prefetch: batches read, and placed on the devices, ahead by a thread under sequential
+            access; 0 for none.
         allow_repeats: accept a batch larger than the source (rows then repeat within a batch).
 
     Raises:
@@ -69,7 +70,7 @@ class DataLoader:
         order = Order(self._source.length, seed, weights, shuffle)
         self._reader = make_reader(self._source, order, transform)
         self._prefetch = prefetch
-        self._ahead: tuple[Any, Prefetcher[Any]] | None = None
+        self._ahead: tuple[Any, Prefetcher[Any] | _Direct] | None = None
         self._fingerprint: str | None = None
 
     @property
@@ -106,12 +107,11 @@ class DataLoader:
         """
         if step < 0:
             raise DataError(f"step must not be negative, got {step}.")
-        if sharding is None:
-            return self._read_ahead(None, np.arange(self.global_batch_size)).get(step)
-        shardings = placement.spread(sharding, self.abstract_batch)
-        rows = placement.addressable_rows(shardings, self.abstract_batch)
-        local = self._read_ahead(rows.tobytes(), rows).get(step)
-        return placement.place(local, rows, shardings, self.abstract_batch)
+        key = jax.tree.flatten(sharding)
+        if self._ahead is None or self._ahead[0] != key:
+            self.close()
+            self._ahead = (key, self._reading(sharding))
+        return self._ahead[1].get(step)
 
     def rows(self, step: int, rows: np.ndarray) -> Any:
         """Some rows of the global batch of `step`, in numpy: the very values `batch` would deliver.
@@ -208,16 +208,20 @@ class DataLoader:
             self._ahead[1].close()
             self._ahead = None
 
-    def _read_ahead(self, key: Any, rows: np.ndarray) -> Any:
-        """The prefetcher for these rows, or a plain reader of them when there is none."""
+    def _reading(self, sharding: Any) -> Any:
+        """What reads and places the batches: ahead of the caller, or when asked."""
         # bound to the reader, not to self: a cycle would keep a dropped loader's thread alive
-        read = functools.partial(self._reader.batch, self.global_batch_size, rows)
-        if self._prefetch <= 0:
-            return _Direct(read)
-        if self._ahead is None or self._ahead[0] != key:
-            self.close()
-            self._ahead = (key, Prefetcher(read, self._prefetch))
-        return self._ahead[1]
+        if sharding is None:
+            rows = np.arange(self.global_batch_size)
+            read = functools.partial(self._reader.batch, self.global_batch_size, rows)
+        else:
+            batch = self.abstract_batch
+            shardings = placement.spread(sharding, batch)
+            rows = placement.addressable_rows(shardings, batch)
+            read_rows = functools.partial(self._reader.batch, self.global_batch_size, rows)
+            place = functools.partial(placement.place, rows=rows, shardings=shardings, batch=batch)
+            read = lambda step: place(read_rows(step))
+        return Prefetcher(read, self._prefetch) if self._prefetch > 0 else _Direct(read)
 
 
 class _Direct:
@@ -225,6 +229,9 @@ class _Direct:
 
     def __init__(self, read: Callable[[int], Any]):
         self.get = read
+
+    def close(self) -> None:
+        """Nothing runs."""
 
 
 def _check_batch_size(size: int, length: int, weights: Any, allow_repeats: bool) -> None:

@@ -46,6 +46,10 @@ class Strategy:
         name, a tuple of them (one dim over several axes), or None; for a glob (it contains `*`,
         `?`, `/` or `[`) the value is a tuple with one entry per dim. `{"pipeline": "layers/*"}`
         points at the block to pipeline.
+      scan_layers: Run the repeated block as one loop, whose compile time does not grow with the
+        number of layers and which gathers parameters (zero=3) one layer at a time; False: never;
+        None: from 8 layers on, and where a model with a loop of its own is stored in shards.
+        Pipeline stages always loop over their layers.
       sequence_parallel: Shard the residual stream's sequence dim over `tensor`.
       num_microbatches: Parts into which each global batch is split, one after another.
       schedule: Pipeline schedule: gpipe, 1f1b, interleaved, zero-bubble.
@@ -82,6 +86,7 @@ class Strategy:
     tensor: int = 1
     zero: int = 3
     rules: Mapping[str, Any] = field(default_factory=dict)
+    scan_layers: bool | None = None
     sequence_parallel: bool = False
     num_microbatches: int = 1
     schedule: str = "1f1b"
@@ -191,6 +196,7 @@ _SCALARS: dict[str, type] = {
     "num_microbatches": int,
     "virtual_stages": int,
     "max_grad_norm": float,
+    "scan_layers": bool,
     "sequence_parallel": bool,
     "offload": bool,
     "equal_microbatches": bool,
@@ -223,7 +229,7 @@ def _parse_value(name: str, value: str) -> Any:
         return None if value.lower() == "none" else read_component(name, value)
     if kind is None:
         raise StrategyError(f"{name!r} cannot be written in a strategy string; pass it in Python")
-    if name == "max_grad_norm" and value.lower() == "none":
+    if name in ("max_grad_norm", "scan_layers") and value.lower() == "none":
         return None
     if kind is bool:
         if value.lower() in ("true", "1", "yes"):
@@ -284,6 +290,8 @@ def _check(s: Strategy) -> None:
     _choice("schedule", s.schedule, SCHEDULES)
     _choice("remat", s.remat, REMAT)
     _choice("precision", s.precision, PRECISIONS)
+    if s.scan_layers is not None and not isinstance(s.scan_layers, bool):
+        raise StrategyError(f"scan_layers={s.scan_layers!r} is not True, False or None")
     for name in ("sequence_parallel", "offload", "equal_microbatches"):
         if not isinstance(getattr(s, name), bool):
             raise StrategyError(f"{name}={getattr(s, name)!r} is not True or False")

@@ -197,7 +197,9 @@ def verify(
 
 def _reference(plan: Plan) -> Plan:
     sizes = dict.fromkeys(AXES, 1)
-    single = plan.strategy.replace(**sizes, dcn={}, zero=0, rules={}, virtual_stages=1)
+    single = plan.strategy.replace(
+        **sizes, dcn={}, zero=0, rules={}, virtual_stages=1, scan_layers=False
+    )
     return plan.again(strategy=single, devices=list(plan.mesh.devices.flat)[:1], donate=False)
 
 

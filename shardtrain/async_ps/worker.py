@@ -15,6 +15,10 @@ from shardtrain.errors import ModelError
 from shardtrain.plan import Plan
 from shardtrain.plan import plan as make_plan
 from shardtrain.pytree import leaves_by_path
+from shardtrain.strategy import Strategy
+
+# Servers own the model's own arrays, not stacked layers.
+_ONE_DEVICE = Strategy(scan_layers=False)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def plan_of(job: AsyncJob) -> Plan:
     """
     batch = job.batch(0)
     one = jax.local_devices()[:1]
-    plan = make_plan(job.model, job.loss_fn, job.optimizer, batch, "data=1", devices=one)
+    plan = make_plan(job.model, job.loss_fn, job.optimizer, batch, _ONE_DEVICE, devices=one)
     if jax.tree.leaves(plan.form.abstract_variables):
         raise ModelError(
             f"{plan.form.name} has variables besides its parameters "

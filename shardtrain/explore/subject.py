@@ -80,7 +80,7 @@ def module_subject(model: Any, loss_fn: Callable[..., Any], optimizer: Any, batc
         ShardtrainError: what `st.plan` says of the model on one device.
     """
     shapes = abstract(batch)
-    base = make_plan(model, loss_fn, optimizer, shapes, Strategy(), "cpu:1")
+    base = make_plan(model, loss_fn, optimizer, shapes, Strategy(scan_layers=False), "cpu:1")
     traced = Traced(base, *_batch_size(shapes))
     again = lambda strategy, hardware: base.again(strategy=strategy, hardware=hardware)
     return Subject(traced.model, traced.rows, traced.sequence, traced.notes(), traced.adjust, again)
@@ -186,7 +186,7 @@ class Traced:
     @functools.cache  # noqa: B019  (one object per exploration)
     def activation_scale(self, remat: str, precision: str) -> float | str:
         """Traced residual bytes over the formula's, or why this remat policy cannot be used."""
-        strategy = Strategy(remat=remat, precision=precision)
+        strategy = Strategy(remat=remat, precision=precision, scan_layers=False)
         try:
             kept = self.base.again(strategy=strategy).activation_bytes()
         except ShardtrainError as error:
@@ -199,7 +199,7 @@ class Traced:
 
     def _problem(self, **changes: Any) -> str | None:
         """What `st.plan` says against a strategy on as many devices as it needs."""
-        strategy = Strategy(**changes)
+        strategy = Strategy(**changes, scan_layers=False)
         devices = int(np.prod(list(strategy.sizes.values())))
         try:
             made = self.base.again(strategy=strategy, hardware=f"cpu:{devices}")

@@ -74,8 +74,8 @@ def find_stream(program: jex.ClosedJaxpr, known: Known, axis: str = "tensor") ->
     seen = Seen(program, known)
     streams: set[Key] = set()
     indivisible: dict[str, None] = {}
-    for eqn, _, (dims, *_), outer in seen.equations:
-        if not seen.is_stream(eqn, dims, axis):
+    for eqn, _, outs, outer in seen.equations:
+        if not outs or not seen.is_stream(eqn, dims := outs[0], axis):
             continue
         if seen.split(dims, axis) is None:
             shape = tuple(math.prod(seen.graph.atoms.size[r] for r in k) for k in seen.key(dims))
@@ -104,9 +104,11 @@ def find_lookups(program: jex.ClosedJaxpr, known: Known) -> Stream:
     """
     seen = Seen(program, known)
     places = {}
-    for eqn, ins, (dims, *_), _ in seen.equations:
-        if eqn.primitive.name == "gather" and not seen.reads_data(eqn) and seen.is_batch(dims):
-            whole = seen.entries(dims)
+    for eqn, ins, outs, _ in seen.equations:
+        if eqn.primitive.name != "gather" or seen.reads_data(eqn):
+            continue
+        if seen.is_batch(outs[0]):
+            whole = seen.entries(outs[0])
             found = (Place("stream", 0, whole, whole), _index(seen, ins), _table(seen, ins))
             places[id(eqn)] = found
     return Stream(places, ())

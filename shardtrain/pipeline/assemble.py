@@ -9,6 +9,7 @@ import jax
 from shardtrain.modules import ModelForm
 from shardtrain.pipeline.classify import Extracted
 from shardtrain.pipeline.extract import LossFn, extract
+from shardtrain.pipeline.markers import BlockGroup
 from shardtrain.pipeline.schedules import Schedule
 from shardtrain.pipeline.stages import (
     StageLayout,
@@ -47,6 +48,7 @@ def make_pipeline(
     batch: Any,
     schedule: Schedule,
     block: str | None = None,
+    groups: list[BlockGroup] | None = None,
 ) -> Pipeline:
     """Split an unmodified model for a schedule; computes nothing.
 
@@ -58,13 +60,14 @@ def make_pipeline(
         batch: abstract global batch `[B, ...]`.
         schedule: stages, virtual stages and microbatches.
         block: path of the repeated block, if the model has several.
+        groups: the sibling modules to try; None: all there are.
 
     Raises:
         StageSplitError: see `extract`.
     """
     parts = jax.eval_shape(lambda b: split_batch(b, schedule.num_microbatches), batch)
     microbatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    model = extract(make_loss, user_loss, form, microbatch, schedule.num_chunks, block)
+    model = extract(make_loss, user_loss, form, microbatch, schedule.num_chunks, block, groups)
     sizes = (model.count, schedule.num_stages, schedule.virtual_stages)
     params = stage_layout(form.abstract_params, model.params, *sizes)
     variables = stage_layout(form.abstract_variables, model.states, *sizes)

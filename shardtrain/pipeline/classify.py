@@ -19,6 +19,7 @@ from shardtrain.pipeline.jaxprs import (
     type_of,
     variables,
 )
+from shardtrain.pipeline.markers import BlockGroup
 from shardtrain.pipeline.stages import LayerLeaf, unique_names
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Extracted:
         collected: abstract per-layer results that `post` reads (auxiliary losses).
         output_tree: tree of the outputs, a `LossOutput`.
         note: what was found, for people.
+        remat: arguments of `jax.checkpoint` around every block, or None.
+        group: the modules that are the blocks; None: the body of a scan.
     """
 
     count: int
@@ -74,6 +77,7 @@ class Extracted:
     output_tree: Any
     note: str
     remat: dict[str, Any] | None
+    group: BlockGroup | None = None
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from shardtrain.modules import ModelForm
 from shardtrain.modules.losses import LossOutput
 from shardtrain.pipeline import blocks, classify
 from shardtrain.pipeline.jaxprs import Program, flatten
-from shardtrain.pipeline.markers import candidates, find_groups, marked
+from shardtrain.pipeline.markers import BlockGroup, candidates, find_groups, marked
 from shardtrain.pytree import leaves_by_path, path_string
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[LossOutput, Any]]
@@ -82,6 +82,7 @@ def extract(
     microbatch: Any,
     num_chunks: int,
     block: str | None = None,
+    groups: list[BlockGroup] | None = None,
 ) -> classify.Extracted:
     """Split the loss of an unmodified model into pipeline pieces.
 
@@ -92,17 +93,17 @@ def extract(
         microbatch: abstract batch of one microbatch, `[global_batch_size / num_microbatches, ...]`.
         num_chunks: into how many equal pieces the blocks are cut (stages x virtual stages).
         block: path of the repeated block (`"layers/*"`), if the model has several.
+        groups: the sibling modules to try; None: all there are.
 
     Raises:
         StageSplitError: no repeated block, blocks that differ, skip connections, or too few
             blocks; says what was looked for and the first difference.
     """
     reasons = []
-    groups = (
-        []
-        if form.kind == "functional"
-        else candidates(find_groups((form.base or form).abstract_params), block)
-    )
+    if groups is None:
+        own = (form.base or form).abstract_params
+        groups = [] if form.kind == "functional" else find_groups(own)
+    groups = candidates(groups, block) if form.kind != "functional" else []
     abstract = (form.abstract_params, form.abstract_variables, microbatch)
     for group in groups:
         trace = trace_loss(make_loss(marked(user_loss, form.kind, group)), *abstract)
@@ -111,7 +112,7 @@ def extract(
             reasons.append(f"{group.pattern} ({len(group.paths)} modules): {found}")
             continue
         try:
-            return classify.classify(trace, found)
+            return dataclasses.replace(classify.classify(trace, found), group=group)
         except StageSplitError as error:
             reasons.append(f"{group.pattern} ({len(group.paths)} modules): {error}")
     trace = trace_loss(make_loss(user_loss), *abstract)

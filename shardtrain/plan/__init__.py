@@ -14,6 +14,7 @@ from shardtrain.mesh import abstract_mesh, build_mesh, few_threads
 from shardtrain.modules import model_form
 from shardtrain.plan.core import Plan
 from shardtrain.plan.inference import INFERRED_AXES, axis_table, infer_layout
+from shardtrain.plan.layer_scan import find_layer_scan
 from shardtrain.plan.layout import make_layout
 from shardtrain.plan.loss import make_loss, user_loss
 from shardtrain.plan.pipelined import make_pipelined
@@ -91,10 +92,15 @@ def plan(
     table = functools.cache(lambda form=form: axis_table(form, plain_loss, shapes))
     inferred = _infer(table, form, strategy, mesh)
     layout = make_layout(form, optimizer, shapes, strategy, mesh, inferred)
-    pipelined = None
+    pipelined, scan, unscanned = None, None, ""
     if strategy.pipeline > 1:
         pipelined = make_pipelined(form, loss, optimizer, layout, strategy)
         form, layout, optimizer = pipelined.form, pipelined.layout, pipelined.optimizer
+    else:
+        scan, unscanned = find_layer_scan(form, loss, optimizer, layout, strategy)
+        if scan is not None and scan.stacked is not None:
+            pipelined = scan.stacked
+            form, layout, optimizer = pipelined.form, pipelined.layout, pipelined.optimizer
     algorithm, layout, pipelined = with_replicas(strategy, layout, optimizer, pipelined)
 
     def again(**changes: Any) -> Plan:
@@ -114,10 +120,11 @@ def plan(
         again=again,
         example=None if _is_abstract(batch) else batch,
         hardware=None if hardware is None else str(hardware),
-        findings=tuple(filter(None, (few_threads(mesh),)))
+        findings=tuple(filter(None, (few_threads(mesh), unscanned, scan.note if scan else "")))
         + (inferred.findings if inferred is not None else ())
-        + (stage_notes(pipelined) if pipelined is not None else ()),
+        + (stage_notes(pipelined) if pipelined is not None and scan is None else ()),
         pipelined=pipelined,
+        layer_scan=scan,
         axis_table=table,
         algorithm=algorithm,
     )

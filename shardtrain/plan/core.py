@@ -11,6 +11,7 @@ import optax
 from shardtrain.modules import ModelForm
 from shardtrain.partitioning.infer.table import AxisTable
 from shardtrain.plan.grads import GradientPlan
+from shardtrain.plan.layer_scan import LayerScan
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.plan.pipelined import Pipelined
@@ -55,6 +56,7 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         hardware: str | None = None,
         findings: tuple[str, ...] = (),
         pipelined: Pipelined | None = None,
+        layer_scan: LayerScan | None = None,
         axis_table: Callable[[], AxisTable] | None = None,
         algorithm: Algorithm | None = None,
     ):
@@ -69,16 +71,19 @@ class Plan(PlanPrograms, PlanStates, PlanViews):
         self.example = example
         self.hardware = hardware
         self.pipelined = pipelined
+        self.layer_scan = layer_scan
         self.axis_table = axis_table
         self.algorithm = algorithm
         self.trace_counts: collections.Counter[str] = collections.Counter()
-        self.proof_loss = make_loss(form, loss, strategy, None, num_parts=strategy.num_microbatches)
+        traced, _, whole = self._traced
+        parts = strategy.num_microbatches
+        self.proof_loss = make_loss(traced, loss, strategy, None, num_parts=parts)
         self.gradients = self._gradients()
         self.findings = findings + _gradient_findings(self.gradients, strategy)
-        if strategy.precision == "bf16" and pipelined is None:
-            self.findings += wide_products(self.proof_loss, layout)
-        if strategy.sequence_parallel and pipelined is None:
-            self.findings += stream_findings(self.proof_loss, layout)
+        if strategy.precision == "bf16" and strategy.pipeline == 1:
+            self.findings += wide_products(self.proof_loss, whole)
+        if strategy.sequence_parallel and strategy.pipeline == 1:
+            self.findings += stream_findings(self.proof_loss, whole)
         platform = plan_platform(self.mesh, hardware)
         self.xla_options = compiler_options(strategy.xla, platform)
         if hardware is None and self.xla_options:

@@ -51,15 +51,20 @@ def make_gradients(
     proof_loss: LossFn,
     layout: Layout,
     s: Strategy,
+    stored: Layout | None = None,
+    finish: Callable[[LossFn], LossFn] = lambda loss: loss,
 ) -> GradientPlan:
     """Compose the gradient function of a strategy.
 
     Args:
       loss_for: The loss in the plan's layout, given the batch axes that are split off.
       proof_loss: The same loss without sharding constraints, for the proof.
-      layout: Shardings.
+      layout: Shardings of the loss's arguments.
       s: Microbatches, ZeRO level and precision.
+      stored: Shardings of what is differentiated; None: `layout`.
+      finish: From the loss of `layout` to that of `stored`.
     """
+    stored = stored or layout
     many = s.num_microbatches > 1
     axes = _local_axes(layout, s)
     reason = ""
@@ -76,13 +81,13 @@ def make_gradients(
     loss = loss_for(axes)
     if axes:
         loss = draw_for_batch(loss, math.prod(layout.sizes[a] for a in axes))
-    loss = bugs.avoid_mapped(loss) if axes else bugs.avoid(loss)
+    loss = finish(bugs.avoid_mapped(loss) if axes else bugs.avoid(loss))
     grad_fn = value_and_grad(loss, float32_sums=s.precision == "bf16")
-    constrain = layout.constrain(layout.grad_specs)
+    constrain = stored.constrain(stored.grad_specs)
     if axes:
         replicas = math.prod(layout.sizes[a] for a in axes)
         grad_fn = per_replica(grad_fn, replicas, axes)
-        inner = layout.constrain(layout.grad_specs, leading=axes)
+        inner = stored.constrain(stored.grad_specs, leading=axes)
     else:
         inner = constrain
     if many:

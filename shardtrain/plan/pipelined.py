@@ -177,7 +177,7 @@ def make_pipelined(
         form, make, loss.fn, jax.tree.map(rows, whole.batch), schedule, s.rules.get("pipeline")
     )
     stacked = pipelined_optimizer(optimizer, form.abstract_params, pipeline.params)
-    layout = _layout(whole, pipeline, stacked, s)
+    layout = stacked_layout(whole, pipeline, stacked, s)
     findings = stream_findings(plain(loss.fn), whole) if s.sequence_parallel else ()
     return Pipelined(pipeline, layout, stacked, whole, axes, reason, findings)
 
@@ -212,9 +212,10 @@ def reduced_once(grad_fn: GradFn, found: Pipelined) -> GradFn:
     return sum_replicas(per_replica(grad_fn, replicas, axes), layout.constrain(layout.grad_specs))
 
 
-def _layout(
+def stacked_layout(
     whole: Layout, pipeline: Pipeline, optimizer: optax.GradientTransformation, s: Strategy
 ) -> Layout:
+    """The shardings of stacked arrays, from those of the model's own."""
     mesh, form = whole.mesh, pipeline.form
     stack = lambda specs: _padded(stage_major_specs(specs, pipeline.params), form.abstract_params)
     compute, full = stack(whole.compute_specs), stack(whole.full_specs)
@@ -281,7 +282,8 @@ def _leaf_plans(
         if block is not None:
             inner = names[1:] if block.stacked else names
             names = ("stage", "virtual_stage", "layers", *inner)
-            why = f"{layout.count} layers over {layout.num_stages} stages; {why}"
+            over = f" over {layout.num_stages} stages" if layout.num_stages > 1 else " in one loop"
+            why = f"{layout.count} layers{over}; {why}"
         found[path] = dataclasses.replace(
             plan,
             path=path,

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from shardtrain.modules import ModelForm
 from shardtrain.modules.intercept import Calls
 from shardtrain.plan.grads import GradientPlan, make_gradients
-from shardtrain.plan.loss import make_loss
+from shardtrain.plan.layout import Layout
+from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.plan.pipelined import pipeline_gradients, reduced_once
 from shardtrain.plan.replicas import replica_gradients
 from shardtrain.plan.stream import constrain_stream
@@ -26,31 +28,43 @@ class PlanPrograms:
 
     def _gradients(self: "Plan") -> GradientPlan:
         layout, s = self.layout, self.strategy
-        if self.pipelined is not None:
+        if self.pipelined is not None and self.layer_scan is None:
             found = self.pipelined
             grad_fn = pipeline_gradients(found, s)
             if self.algorithm is None:
                 grad_fn = reduced_once(grad_fn, found)
             return GradientPlan(grad_fn, found.local_axes, found.reason)
-        gathers = s.zero == 3 and layout.sizes["fsdp"] > 1
+        scan = self.layer_scan
+        form, user_loss, whole = self._traced
+        gathers = s.zero == 3 and layout.sizes["fsdp"] > 1 and scan is None
+        finish = (lambda loss: loss) if scan is None else lambda loss: scan.run(loss, s)
 
-        def loss_for(local_axes: tuple[str, ...]) -> LossFn:
+        def loss_for(local_axes: tuple[str, ...], mesh: Any = layout.mesh) -> LossFn:
             loss = make_loss(
-                self.form,
-                self.loss,
-                s,
-                layout.mesh,
+                form,
+                user_loss,
+                s if form.blocks or scan is None else s.replace(remat="none"),
+                mesh,
                 gather=layout.gather() if gathers else None,
                 gather_frozen=layout.gather_frozen() if gathers and self.form.base else None,
                 num_parts=s.num_microbatches,
                 local_axes=local_axes,
             )
-            return constrain_stream(loss, layout, s, local_axes)
+            return loss if mesh is None else constrain_stream(loss, whole, s, local_axes)
 
         if self.algorithm is not None:
-            grad_fn = replica_gradients(loss_for, self.proof_loss, layout, s)
+            plain = loss_for((), None)
+            grad_fn = replica_gradients(loss_for, plain, whole, s, layout, finish)
             return GradientPlan(grad_fn, ("data",))
-        return make_gradients(loss_for, self.proof_loss, layout, s)
+        return make_gradients(loss_for, self.proof_loss, whole, s, layout, finish)
+
+    @property
+    def _traced(self: "Plan") -> tuple[ModelForm, UserLoss, Layout]:
+        """The model, loss and layout in which the program is traced: before layers are stacked."""
+        scan = self.layer_scan
+        if scan is None:
+            return self.form, self.loss, self.layout
+        return scan.form, scan.marked(self.loss), scan.whole
 
     def _first_optimizer_state(self: "Plan", params: Any, variables: Any) -> tuple[Any, Any]:
         """The state of the optimizer and, where replicas keep something, theirs."""
@@ -128,6 +142,12 @@ class PlanPrograms:
     def _make_eval(self: "Plan") -> Any:
         layout = self.layout
         loss = make_loss(self.form, self.eval_loss, self.strategy, layout.mesh, train=False)
+        scan = self.layer_scan
+        if scan is not None:
+            marked = make_loss(
+                scan.form, scan.marked(self.eval_loss), self.strategy, layout.mesh, train=False
+            )
+            loss = scan.run(marked, self.strategy, fallback=loss)
         body = make_eval(loss)
 
         def evaluate(state: TrainState, batch: Any) -> Any:

@@ -52,19 +52,27 @@ def _optimizer_specs(layout: Layout, abstract_state: Any, specs: Any) -> Any:
 
 
 def replica_gradients(
-    loss_for: Callable[[tuple[str, ...]], LossFn], proof_loss: LossFn, layout: Layout, s: Strategy
+    loss_for: Callable[[tuple[str, ...]], LossFn],
+    proof_loss: LossFn,
+    layout: Layout,
+    s: Strategy,
+    stored: Layout | None = None,
+    finish: Callable[[LossFn], LossFn] = lambda loss: loss,
 ) -> GradFn:
     """The gradient sums of one replica's rows, over its own microbatches.
 
     Args:
       loss_for: The loss in the plan's layout, given the batch axes that are split off.
       proof_loss: The same loss without sharding constraints.
-      layout: Shardings.
+      layout: Shardings of the loss's arguments.
       s: Microbatches.
+      stored: Shardings of what is differentiated; None: `layout`.
+      finish: From the loss of `layout` to that of `stored`.
 
     Raises:
       CompilerBugError: Replicas span several devices, and a convolution cannot be rewritten.
     """
+    stored = stored or layout
     others = [a for a, n in layout.sizes.items() if n > 1 and a != "data"]
     if others:
         bugs = check_known_bugs(proof_loss, layout, s)
@@ -77,9 +85,9 @@ def replica_gradients(
         loss = bugs.avoid_mapped(loss_for(("data",)), kernels=True)
     else:
         loss = proof_loss  # each device runs a replica as plain code: nothing to constrain
-    grad_fn = value_and_grad(loss)
+    grad_fn = value_and_grad(finish(loss))
     if s.num_microbatches > 1:
-        inner = layout.constrain(layout.grad_specs) if others else lambda grads: grads
+        inner = stored.constrain(stored.grad_specs) if others else lambda grads: grads
         return over_microbatches(grad_fn, s.num_microbatches, inner)
     return first_microbatch_key(grad_fn)
 

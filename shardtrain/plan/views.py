@@ -233,7 +233,7 @@ class PlanViews:
         it, `tensor` the arrays that have a dim of a size that only sharded dims of parameters have.
         """
         plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-        state = self.layout.state
+        state = self._traced[2].state
         batch = plain(self.layout.batch)
         if self.strategy.num_microbatches > 1:
             parts = jax.eval_shape(lambda b: split_batch(b, self.strategy.num_microbatches), batch)

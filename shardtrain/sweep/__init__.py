@@ -99,7 +99,8 @@ def sweep(
     _check_counts(num_steps, num_trials, halving, rounds)
     if isinstance(strategy, str):
         strategy = Strategy.parse(strategy)
-    strategy = strategy or Strategy()
+    # Trials bring optimizers for the model's own arrays, which stacked layers would not be.
+    strategy = (strategy or Strategy()).replace(scan_layers=False)
     devices = list(jax.devices() if devices is None else devices)
     runs = _Runs(make, loader, strategy, stacked, static, devices)
     asked: Sampler | None = None

@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,8 @@ def toy_jobs() -> list[Job]:
 def skip_reason(job: Job, torch_python: str) -> str:
     """Why a job cannot run here; "" where it can be tried."""
     if job.framework == "torch":
+        if not shutil.which(torch_python):
+            return f"{torch_python} is not a Python (see --torch)"
         found = subprocess.run([torch_python, "-c", "import torch"], capture_output=True)
         return "" if not found.returncode else "PyTorch is not installed here (see --torch)"
     if job.case.get("precision") == "fp8" and importlib.util.find_spec("qwix") is None:

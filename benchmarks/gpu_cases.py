@@ -248,16 +248,12 @@ def choose(case: Case, limit: float, tokens: tuple[int, ...] = TOKENS) -> Choice
     rejected: list[tuple[str, int]] = []
     policies = ("dots_no_batch", "full") if case.scanned else ("none", "dots_no_batch", "full")
     for remat in policies:
-        one = dataclasses.replace(case, rows=1, remat=remat, moments="fp32")
-        memory = make_plan(one).memory()
         for moments in ("fp32", "bf16"):
-            saved = memory.params // 2 if moments == "bf16" else 0
-            fixed = memory.total - memory.activations - memory.batch - saved
             for count in tokens:
                 rows = max(1, count // case.length)
-                total = fixed + rows * (memory.activations + memory.batch)
+                found = dataclasses.replace(case, rows=rows, remat=remat, moments=moments)
+                total = make_plan(found, devices=jax.devices()[:1]).memory().total
                 if total <= MARGIN * limit:
-                    found = dataclasses.replace(one, rows=rows, moments=moments)
                     return Choice(found, total, tuple(rejected))
                 rejected.append((f"{rows} rows, remat={remat}, {moments} moments", total))
     return Choice(None, 0, tuple(rejected))

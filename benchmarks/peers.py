@@ -81,6 +81,14 @@ def torch_peer(name: str, script: str, against: str, **more: Any) -> Peer:
     return Peer(name, script, against=OURS[against], package=package, framework="torch", **more)
 
 
+def framework_peers(name: str, script: str, package: str) -> tuple[Peer, ...]:
+    """A framework on JAX, on one device and on eight."""
+    return tuple(
+        Peer(f"{name}, {size}", script, count, layout, OURS[size], package, own_weights=True)
+        for size, count, layout in (("1 device", 1, "data"), ("8 devices, FSDP", 8, "fsdp"))
+    )
+
+
 PEERS = (
     Peer(OURS["1 device"], "with_shardtrain"),
     Peer("JAX by hand, 1 device", "by_hand", against=OURS["1 device"]),
@@ -92,6 +100,16 @@ PEERS = (
     torch_peer("PyTorch FSDP2, 2 processes", "torch_fsdp2", "2, FSDP", num_devices=2),
     Peer(OURS["8 devices, FSDP"], "with_shardtrain", 8, "fsdp"),
     Peer("JAX by hand, 8 devices, FSDP", "by_hand", 8, "fsdp", OURS["8 devices, FSDP"]),
+    *framework_peers("Kauldron", "with_kauldron", "kauldron"),
+    *framework_peers("MaxText", "with_maxtext", "maxtext"),
+    torch_peer(
+        "torchtitan, 2 processes",
+        "with_torchtitan",
+        "2, FSDP",
+        num_devices=2,
+        package="torchtitan",
+        own_weights=True,
+    ),
 )
 
 
@@ -344,14 +362,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--sequence", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--toy", action="store_true", help="a tiny model, for a test")
     parser.add_argument("--cores", type=int, help="cores to hold all programs to")
-    parser.add_argument("--only", nargs="+", default=[], help="packages: jax torch kauldron ...")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="packages beside jax: torch kauldron ..."
+    )
     parser.add_argument("--from", dest="where", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     parser.add_argument("--doc", type=Path, help="page whose table is replaced")
     args = parser.parse_args(arguments)
     cores = use_cores(args.cores)
-    chosen = tuple(p for p in PEERS if not args.only or p.package in args.only)
+    chosen = tuple(p for p in PEERS if not args.only or p.package in {"jax", *args.only})
     config = TOY if args.toy else SMALL
     with tempfile.TemporaryDirectory() as directory:
         spec = {"config": config, "batch": args.batch, "sequence": args.sequence}

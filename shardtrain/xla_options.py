@@ -109,6 +109,12 @@ PRESETS: dict[str, dict[str, tuple[XlaFlag, ...]]] = {
                  "no CUDA graphs: less memory, more launches by the host", _TOOLBOX),
         ),
     },
+    "all-memory": {
+        "gpu": (
+            _gpu("memory_limit_slop_factor", "125",
+                 "XLA recomputes only what does not fit the whole memory", _TOOLBOX),
+        ),
+    },
     "large-vmem": {
         "tpu": (
             _tpu("scoped_vmem_limit_kib", "98304", "fusions may use 96 MiB of on-chip memory"),

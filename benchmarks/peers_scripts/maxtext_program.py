@@ -34,9 +34,7 @@ def program(batch, **settings):
 
     def step(state, batch):
         with jax.set_mesh(mesh), linen.partitioning.axis_rules(config.logical_axis_rules):
-            placed = jax.device_put(
-                extended(batch), sharding.get_input_data_sharding(config, mesh)
-            )
+            placed = jax.device_put(extended(batch), sharding.get_input_data_sharding(config, mesh))
             state, metrics = compiled(state, placed)
         return state, metrics["scalar"]["learning/loss"]
 

@@ -11,7 +11,7 @@ import shardtrain as st
 PACKAGE = Path(st.__file__).parent
 
 LAYERS = (
-    ("errors", "pytree", "hardware", "compat", "tables"),
+    ("errors", "pytree", "hardware", "compat", "compile_cache", "tables"),
     ("replay",),
     ("algorithms", "xla_options", "strategy"),
     ("modules", "mesh"),

@@ -10,7 +10,7 @@ from shardtrain.checkpoint import inspect
 from shardtrain.checkpoint.steps import committed
 from shardtrain.cli.problem import load_problem
 from shardtrain.cli.replay import ReplayOptions
-from shardtrain.cli.train.devices import choose_devices, use_compile_cache
+from shardtrain.cli.train.devices import choose_devices
 from shardtrain.cli.train.directory import SETTINGS
 from shardtrain.cli.train.options import TrainOptions
 from shardtrain.cli.train.run import build_plan
@@ -32,7 +32,6 @@ def run(options: ReplayOptions) -> int:
     settings = _settings(directory)
     strategy = options.strategy or settings.get("strategy") or _saved_strategy(directory)
     devices = choose_devices(strategy, options.devices)
-    use_compile_cache()
     if options.problem is not None:
         model, loss_fn, optimizer, loader = load_problem(options.problem)
         if not isinstance(loader, DataLoader):

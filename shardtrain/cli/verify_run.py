@@ -7,7 +7,7 @@ import optax
 from rich.console import Console
 
 from shardtrain.cli.problem import load_problem
-from shardtrain.cli.train.devices import choose_devices, use_compile_cache
+from shardtrain.cli.train.devices import choose_devices
 from shardtrain.cli.train.run import next_token_loss
 from shardtrain.cli.train.sizes import model_size
 from shardtrain.cli.verify import VerifyOptions
@@ -20,7 +20,6 @@ def run(options: VerifyOptions) -> int:
     """Verify and print; 0 if all arrays agree, else 1."""
     console = Console(highlight=False)
     devices = choose_devices(options.strategy, options.devices)
-    use_compile_cache()
     model, loss_fn, optimizer, batch = (
         load_problem(options.problem) if options.problem else decoder_problem()
     )

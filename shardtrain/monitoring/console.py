@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from shardtrain.compile_cache import use_compile_cache
 from shardtrain.monitoring.callbacks import Callback, RunInfo
 from shardtrain.monitoring.throughput import Rate, flops_of
 
@@ -43,6 +44,9 @@ class ConsoleProgress(Callback):
         self._flops = flops_of(run.plan, run.tokens_per_step)
         if run.first_step >= run.num_steps:
             return
+        kept = use_compile_cache()
+        if kept is not None:
+            self._print(f"compiled programs are kept in {kept}", "dim")
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.completed}[/]/{task.total}"),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from shardtrain.compile_cache import use_compile_cache
 from shardtrain.errors import StrategyError
 from shardtrain.hardware import Hardware
 from shardtrain.hardware import hardware as find_hardware
@@ -69,6 +70,7 @@ def plan(
     if isinstance(strategy, str):
         strategy = Strategy.parse(strategy)
     strategy = strategy or Strategy(data=-1)
+    use_compile_cache()
     _refuse_unavailable(strategy)
     if isinstance(optimizer, optax.MultiSteps):
         raise StrategyError(

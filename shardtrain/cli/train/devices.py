@@ -1,9 +1,8 @@
-"""The devices and strategy of a run, and where compiled programs are kept."""
+"""The devices and strategy of a run."""
 
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
@@ -77,17 +76,6 @@ def default_strategy(is_virtual: bool, num_devices: int, batch: int | None = Non
         count = next((n for n in MICROBATCHES if batch % (n * strategy.data) == 0), 1)
         return strategy.replace(num_microbatches=count)
     return Strategy.parse("fsdp=-1" if is_virtual else ACCELERATOR_STRATEGY)
-
-
-def use_compile_cache() -> str:
-    """Keep compiled programs on disk, so that the second run starts at once; returns where."""
-    chosen = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  (no static attribute)
-    if not chosen:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        chosen = Path(home, "shardtrain", "xla")
-        jax.config.update("jax_compilation_cache_dir", str(chosen))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return str(chosen)
 
 
 def _asked_for(strategy: Strategy | None) -> int:

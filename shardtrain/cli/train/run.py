@@ -11,7 +11,7 @@ import optax
 from rich.console import Console
 
 from shardtrain.checkpoint import agreement, steps
-from shardtrain.cli.train.devices import Devices, choose_devices, use_compile_cache
+from shardtrain.cli.train.devices import Devices, choose_devices
 from shardtrain.cli.train.directory import choose_directory, claim, write_settings
 from shardtrain.cli.train.options import TrainOptions
 from shardtrain.cli.train.report import (
@@ -47,7 +47,6 @@ def run(options: TrainOptions) -> int:
     devices = choose_devices(options.strategy, options.devices, options.batch)
     is_main = jax.process_index() == 0
     console.quiet = not is_main
-    cache = use_compile_cache()
     text = load_text(options.data, options.tokenizer)
     size = model_size(options.model, text.tokenizer.vocab_size)
     directory = choose_directory(options.out, f"{options.model}-{text.name}", options.fresh)
@@ -68,7 +67,6 @@ def run(options: TrainOptions) -> int:
             "data": text.description,
             "model": _describe_model(options, size, plan),
             "directory": place,
-            "cache": f"compiled programs are kept in {cache}",
         },
     )
     if is_main:

@@ -30,6 +30,7 @@ _EXPORTS = {
     "ParameterServer": "algorithms",
     "Plan": "plan",
     "PowerSGD": "algorithms",
+    "Privacy": "algorithms",
     "Sign": "algorithms",
     "Strategy": "strategy",
     "TensorBoardLog": "monitoring.metrics_log",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from shardtrain.algorithms import Nesterov as Nesterov
     from shardtrain.algorithms import ParameterServer as ParameterServer
     from shardtrain.algorithms import PowerSGD as PowerSGD
+    from shardtrain.algorithms import Privacy as Privacy
     from shardtrain.algorithms import Sign as Sign
     from shardtrain.algorithms import TopK as TopK
     from shardtrain.async_ps import AsyncJob as AsyncJob

@@ -71,6 +71,50 @@ class ParameterServer(_Component):
 
 
 @dataclass(frozen=True, repr=False)
+class Privacy(_Component):
+    """Differential privacy of what each replica contributes: its change is clipped, noise is added.
+
+    DP-FedAvg, McMahan et al. 2018 (arXiv:1710.06963): the mean of the clipped changes gets Gaussian
+    noise of standard deviation `noise * clip / replicas`. It covers the parameters, not the
+    reported losses, for who sees only the averages.
+
+    Args:
+      clip: Largest L2 norm of one replica's change of all parameters together.
+      noise: Standard deviation of the noise on the sum of changes, in units of `clip`.
+      seed: Of the noise; the same seed gives the same run.
+
+    Example:
+      >>> round(Privacy(clip=1.0, noise=5.0).epsilon(rounds=10, delta=1e-5), 2)
+      3.23
+    """
+
+    clip: float
+    noise: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _number(self, "clip", 0.0)
+        _number(self, "noise", 0.0)
+        _whole(self, "seed", 0)
+        if not self.clip:
+            raise StrategyError("Privacy(clip=0): nothing would ever change; give a norm > 0")
+
+    def epsilon(self, rounds: int, delta: float) -> float:
+        """The epsilon of (epsilon, delta)-privacy for a replica that takes part in every round.
+
+        By zero-concentrated privacy of Gaussian noise, Bun & Steinke 2016 (arXiv:1605.02065).
+
+        Args:
+          rounds: Averages made, `steps / sync_every`.
+          delta: As in the definition, e.g. 1e-5.
+        """
+        if not self.noise:
+            return math.inf
+        rho = rounds / (2 * self.noise**2)
+        return rho + 2 * math.sqrt(rho * math.log(1 / delta))
+
+
+@dataclass(frozen=True, repr=False)
 class LocalSGD(_Component):
     """Replicas train alone and average their parameters every `sync_every` steps.
 
@@ -83,6 +127,8 @@ class LocalSGD(_Component):
       learning_rates: One factor per replica on its optimizer's updates; (): 1 for all.
       proximal: mu of FedProx (Li et al. 2020), the pull towards the last average: one number, or
         one per replica.
+      privacy: `Privacy(...)`: clip each replica's change and add noise to their mean; with
+        `weighting="equal"`, for a weight would tell of a replica's examples.
 
     Example:
       >>> LocalSGD(8).sync_every
@@ -93,10 +139,18 @@ class LocalSGD(_Component):
     weighting: str = "examples"
     learning_rates: tuple[float, ...] = ()
     proximal: float | tuple[float, ...] = 0.0
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         _whole(self, "sync_every", 1)
         _weighting(self)
+        if self.privacy is not None and not isinstance(self.privacy, Privacy):
+            raise StrategyError(f"LocalSGD(privacy={self.privacy!r}) is not Privacy(clip, noise)")
+        if self.privacy is not None and self.weighting != "equal":
+            raise StrategyError(
+                "LocalSGD(privacy=...) bounds what one replica changes, and weights by examples "
+                'do not: use weighting="equal"'
+            )
         object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
         if isinstance(self.proximal, list | tuple):
             object.__setattr__(self, "proximal", tuple(self.proximal))
@@ -166,7 +220,7 @@ class Gossip(_Component):
 
     Example:
       >>> Gossip()
-      Gossip(sync_every=1)
+      Gossip()
     """
 
     sync_every: int = 1
@@ -264,7 +318,7 @@ class PowerSGD(_Component):
 
 SYNCS = (AllReduce, ParameterServer, LocalSGD, DiLoCo, Gossip)
 COMPRESSIONS = (Int8, Int4, Float8, TopK, PowerSGD, Sign)
-_KNOWN = {kind.__name__: kind for kind in (*SYNCS, *COMPRESSIONS, Nesterov)}
+_KNOWN = {kind.__name__: kind for kind in (*SYNCS, *COMPRESSIONS, Nesterov, Privacy)}
 
 
 def read_component(field: str, text: str) -> Any:
@@ -322,7 +376,7 @@ def component_to_json(value: Any) -> dict[str, Any]:
         item = getattr(value, f.name)
         if dataclasses.is_dataclass(item):
             item = component_to_json(item)
-        elif type(item) not in (bool, int, float, str, tuple):
+        elif item is not None and type(item) not in (bool, int, float, str, tuple):
             raise StrategyError(
                 f"{type(value).__name__}({f.name}=...) holds a {type(item).__name__}, which cannot "
                 "be written as JSON; st.Nesterov(learning_rate, momentum) can"
@@ -352,6 +406,11 @@ def check_pair(sync: Any, compression: Any) -> None:
     """
     if compression is None:
         return
+    if isinstance(sync, LocalSGD) and sync.privacy is not None:
+        raise StrategyError(
+            "LocalSGD(privacy=...) clips each change once; what a compression kept back would be "
+            "sent later, unclipped. Use compression=None"
+        )
     if isinstance(sync, Gossip):
         raise StrategyError(
             "Gossip sends whole parameters to its neighbours, which cannot be compressed: use "

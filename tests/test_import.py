@@ -31,10 +31,11 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 PUBLIC = """
 AllReduce AsyncJob Aux Callback Checkpointer DataLoader DiLoCo Exploration FitResult Float8
-Functional Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Sign
-Strategy SweepResult TensorBoardLog TopK TrainState Uniform VerifyReport assert_collectives async_ps
-cross_entropy evaluate explain_oom explore export export_hf fit freeze hardware init_distributed
-inspect load_hf lora ops plan planner replay_step replica_divergence restore simulate sweep verify
+Functional Gossip Int4 Int8 LocalSGD LossGuard Mean Nesterov ParameterServer Plan PowerSGD Privacy
+Sign Strategy SweepResult TensorBoardLog TopK TrainState Uniform VerifyReport assert_collectives
+async_ps cross_entropy evaluate explain_oom explore export export_hf fit freeze hardware
+init_distributed inspect load_hf lora ops plan planner replay_step replica_divergence restore
+simulate sweep verify
 """
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from sync_models import BATCH, TENSOR, assert_close, init, large, loss, make_plan, train
@@ -80,6 +81,64 @@ def test_learning_rates_and_proximal_terms_per_replica(devices):
     assert_close(state.params, wanted)
     with pytest.raises(StrategyError, match="4 numbers for 8 replicas"):
         train(make_plan(st.Strategy(data=8, sync=sync), SGD), 1)
+
+
+def test_privacy_clips_each_change_and_adds_noise_to_their_mean(devices):
+    """DP-FedAvg by hand, with optax's own noise; without noise and clipping it is local SGD."""
+
+    def trained(privacy, steps=3):
+        sync = st.LocalSGD(3, weighting="equal", privacy=privacy)
+        plan = make_plan(st.Strategy(data=4, sync=sync), SGD, devices=devices[:4])
+        return train(plan, steps)[0].params
+
+    first = init(jax.random.key(0))
+    changes = [jax.tree.map(jnp.subtract, first, p) for p in local_by_hand(4, 3)]
+    norms = [float(jnp.sqrt(sum(jnp.sum(x**2) for x in c.values()))) for c in changes]
+    clip = sorted(norms)[1] * 1.01  # two of four are clipped
+    scales = [min(1.0, clip / norm) for norm in norms]
+    assert sum(s < 1 for s in scales) == 2
+    pairs = zip(changes, scales, strict=True)
+    clipped = mean_of([{n: x * s for n, x in c.items()} for c, s in pairs], [1.0] * 4)
+    assert_close(trained(st.Privacy(clip, 0.0)), jax.tree.map(jnp.subtract, first, clipped))
+    assert_close(trained(st.Privacy(1e6, 0.0)), mean_of(local_by_hand(4, 3), [1.0] * 4))
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *changes)
+    key = jax.random.fold_in(jax.random.key(7), 3)
+    noised = optax.contrib.differentially_private_aggregate(clip, 0.5, key)
+    mean, _ = noised.update(stacked, noised.init(stacked))
+    wanted = jax.tree.map(jnp.subtract, first, mean)
+    assert_close(trained(st.Privacy(clip, 0.5, seed=7)), wanted)
+    other = trained(st.Privacy(clip, 0.5, seed=8))
+    assert max(float(jnp.max(jnp.abs(other[n] - wanted[n]))) for n in wanted) > 0.01 * clip
+
+
+def test_privacy_budget_and_what_would_break_it(devices):
+    """10 rounds, z = 5, delta = 1e-5: rho = T / (2 z^2), epsilon = rho + 2 sqrt(rho ln 1/delta)."""
+    rho = 10 / 50
+    wanted = rho + 2 * (rho * 11.512925) ** 0.5
+    assert st.Privacy(1.0, 5.0).epsilon(10, 1e-5) == pytest.approx(wanted, rel=1e-6)
+    assert st.Privacy(1.0, 0.0).epsilon(10, 1e-5) == float("inf")
+    text = "data=8,sync=LocalSGD(2, weighting='equal', privacy=Privacy(1.0, 0.5))"
+    s = st.Strategy.parse(text)
+    assert s == st.Strategy.from_json(s.to_json())
+    with pytest.raises(StrategyError, match='use weighting="equal"'):
+        st.LocalSGD(2, privacy=st.Privacy(1.0, 1.0))
+    with pytest.raises(StrategyError, match="give a norm > 0"):
+        st.Privacy(0.0, 1.0)
+    with pytest.raises(StrategyError, match="unclipped"):
+        s.replace(compression=st.Int8())
+
+    class WithStatistics(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    batch = {"x": jax.ShapeDtypeStruct((16, 4), jnp.float32)}
+    made = lambda rngs: WithStatistics(rngs)
+    loss_fn = lambda model, batch: st.Mean(jnp.sum(model(batch["x"])), batch["x"].shape[0])
+    with pytest.raises(StrategyError, match="norm/mean is averaged without noise"):
+        st.plan(made, loss_fn, SGD, batch, s)
 
 
 def test_between_exchanges_parameters_are_the_last_agreed(devices):

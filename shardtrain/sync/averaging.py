@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.sharding import PartitionSpec
 
-from shardtrain.algorithms import DiLoCo, LocalSGD, Nesterov
+from shardtrain.algorithms import DiLoCo, LocalSGD, Nesterov, Privacy
 from shardtrain.errors import StrategyError
 from shardtrain.pytree import leaves_by_path, map_with_path
 from shardtrain.sync.algorithm import Algorithm, Job
@@ -59,6 +60,7 @@ def averaging(sync: LocalSGD | DiLoCo, compression: Any, job: Job) -> Algorithm:
       compression: Of the changes that are exchanged; None: float32.
       job: The plan's parts.
     """
+    _refuse_public_variables(sync, job)
     fragments = make_fragments(sync, compression, job)
     outer = outer_optimizer(sync)
     count = job.replicas.count
@@ -179,10 +181,15 @@ def _agree(
     copies, parts = state.sync.copies, dict(state.sync.parts)
     anchor, mine = f.of(state.params), f.of(copies["params"])
     with jax.named_scope(f"every_{sync.sync_every}_steps"):
-        share = _shares(sync, parts["weight"][:, number])
-        change = lambda a, p: (a[None] - p).astype(jnp.float32) * _like(share, p)
         memory = ReplicaState(parts=parts["error"][number], shared=state.sync.shared[number])
-        mean, memory = f.exchange.run(jax.tree.map(change, anchor, mine), memory)
+        privacy = sync.privacy if isinstance(sync, LocalSGD) else None
+        changes = jax.tree.map(lambda a, p: (a[None] - p).astype(jnp.float32), anchor, mine)
+        if privacy is not None:
+            mean = private_mean(privacy, changes, state.step)
+        else:
+            share = _shares(sync, parts["weight"][:, number])
+            shares = jax.tree.map(lambda x: x * _like(share, x), changes)
+            mean, memory = f.exchange.run(shares, memory)
     mean = jax.tree.map(lambda m, a: m.astype(a.dtype), mean, anchor)
     updates, outer_state = outer.update(mean, state.opt_state[number], anchor)
     agreed = optax.apply_updates(anchor, updates)
@@ -203,6 +210,35 @@ def _agree(
         variables=variables,
         sync=ReplicaState(copies, parts, _replaced(state.sync.shared, number, memory.shared)),
     )
+
+
+def private_mean(privacy: Privacy, changes: Any, step: jax.Array) -> Any:
+    """The mean of the clipped changes, with noise.
+
+    Args:
+      privacy: Norm and noise.
+      changes: `[R, ...]` each.
+      step: Steps done; the noise is a function of it and the seed.
+    """
+    key = jax.random.fold_in(jax.random.key(privacy.seed), step)
+    noised = optax.contrib.differentially_private_aggregate(privacy.clip, privacy.noise, key)
+    return noised.update(changes, noised.init(changes))[0]
+
+
+def _refuse_public_variables(sync: LocalSGD | DiLoCo, job: Job) -> None:
+    """Variables are averaged as they are.
+
+    Raises:
+      StrategyError: With privacy, and a model that has some.
+    """
+    if not isinstance(sync, LocalSGD) or sync.privacy is None:
+        return
+    for path, x in leaves_by_path(job.state.variables).items():
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            raise StrategyError(
+                f"LocalSGD(privacy=...) covers parameters, but {path} is averaged without noise. "
+                "Use a model without batch statistics (LayerNorm, GroupNorm)"
+            )
 
 
 def agree_on_variables(before: Any, copies: Any) -> tuple[Any, Any]:

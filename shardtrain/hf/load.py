@@ -54,9 +54,15 @@ def load_hf(
         unexpected tensors and shapes in one message.
 
     Example:
-      >>> from shardtrain.models import from_hf_config  # doctest: +SKIP
-      >>> plan = st.plan(from_hf_config(path), loss, optimizer, batch, "fsdp=8")  # doctest: +SKIP
-      >>> state = st.load_hf(path, plan)  # doctest: +SKIP
+      >>> import jax.numpy as jnp, numpy as np, optax, shardtrain as st
+      >>> from safetensors.numpy import save_file
+      >>> save_file({"fc.weight": np.ones((2, 8), "f")}, "model.safetensors")
+      >>> model = st.Functional(init=lambda key: {"kernel": jnp.zeros((8, 2))})
+      >>> loss = lambda v, batch: jnp.mean((batch["x"] @ v["kernel"]) ** 2)
+      >>> plan = st.plan(model, loss, optax.sgd(0.1), {"x": jnp.ones((8, 8))}, "fsdp=-1")
+      >>> state = st.load_hf("model.safetensors", plan, {"fc.weight": ("kernel", "transpose")})
+      >>> float(state.params["kernel"].sum())
+      16.0
     """
     return load_source(open_source(path), plan, mapping, seed, cast)
 

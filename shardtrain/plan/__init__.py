@@ -58,8 +58,8 @@ def plan(
       ShardtrainError: Anything that would go wrong later, before anything is compiled.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> model = Functional(init=lambda key: {"w": jnp.zeros((4,))})
+      >>> import jax.numpy as jnp, optax, shardtrain as st
+      >>> model = st.Functional(init=lambda key: {"w": jnp.zeros((4,))})
       >>> loss = lambda v, batch: jnp.mean((batch["x"] @ v["w"] - batch["y"]) ** 2)
       >>> batch = {"x": jnp.ones((8, 4)), "y": jnp.ones((8,))}
       >>> p = plan(model, loss, optax.sgd(0.1), batch, Strategy(data=-1))

@@ -14,7 +14,7 @@ from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.plan.pipelined import pipeline_gradients, reduced_once
 from shardtrain.plan.replicas import replica_gradients
 from shardtrain.plan.stream import constrain_stream
-from shardtrain.train import LossFn, TrainState, make_eval, make_step, over_rows
+from shardtrain.train import LossFn, TrainState, make_eval, make_step, over_rows, sharded_norm
 
 if TYPE_CHECKING:
     from shardtrain.plan.core import Plan
@@ -95,6 +95,7 @@ class PlanPrograms:
                 self.optimizer,
                 self.strategy.max_grad_norm,
                 layout.constrain(layout.update_specs),
+                sharded_norm(layout.mesh, layout.update_specs),
             )
 
         def step(state: TrainState, rng: jax.Array, batch: Any) -> Any:

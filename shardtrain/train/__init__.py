@@ -21,6 +21,7 @@ from shardtrain.train.step import (
     make_step,
     make_update,
     over_rows,
+    sharded_norm,
     step_metrics,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "over_microbatches",
     "over_rows",
     "per_replica",
+    "sharded_norm",
     "split_batch",
     "step_metrics",
     "sum_replicas",

@@ -1,11 +1,13 @@
 """One optimizer step as a pure function of state and batch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from shardtrain.errors import LossContractError
 from shardtrain.modules.losses import LossOutput
@@ -22,6 +24,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     max_grad_norm: float | None,
     shard_update: Callable[[Any], Any],
+    norm_of: Callable[[Any], jax.Array] | None = None,
 ) -> Step:
     """Gradient, clip, update; a step that is not finite is counted and changes nothing else.
 
@@ -31,12 +34,13 @@ def make_step(
       max_grad_norm: Clip to this global norm, or None.
       shard_update: Constrains a params-shaped tree to the optimizer state's shards, so that each
         device updates what it owns (ZeRO).
+      norm_of: The norm of gradients in these shards; None: `global_norm`.
 
     Returns:
       `(state, batch) -> (state, metrics)`.
     """
 
-    apply = make_update(optimizer, max_grad_norm, shard_update)
+    apply = make_update(optimizer, max_grad_norm, shard_update, norm_of)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.rng, state.step)
@@ -53,6 +57,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     max_grad_norm: float | None,
     shard_update: Callable[[Any], Any],
+    norm_of: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The part of a step behind the gradient; arguments as `make_step`.
 
@@ -72,7 +77,7 @@ def make_update(
         finite: Any = True,
         ready: Any = True,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        norm = global_norm(grads)
+        norm = global_norm(grads) if norm_of is None else norm_of(shard_update(grads))
         loss, weight = output.loss.value, output.loss.weight
         if max_grad_norm is not None:
             grads = clip(grads, norm, max_grad_norm)
@@ -118,6 +123,44 @@ def global_norm(tree: Any) -> jax.Array:
     """L2 norm of all arrays together, accumulated in float32."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+
+def sharded_norm(mesh: Any, specs: Any) -> Callable[[Any], jax.Array] | None:
+    """`global_norm` of arrays in shards, for which one number crosses devices, not one per array.
+
+    XLA sums each array over devices by itself, and packs that sum with the next gradient: then
+    every message waits for the one before.
+
+    Args:
+      mesh: The mesh.
+      specs: Tree of `PartitionSpec`, as the arrays are sharded.
+
+    Returns:
+      Tree of arrays -> scalar; None where no array is sharded.
+    """
+    parts = lambda spec: math.prod(mesh.shape[axis] for axis in _axes(spec))
+    copies = [mesh.size // parts(spec) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)]
+    if all(count == mesh.size for count in copies):
+        return None
+
+    def squares(tree: Any) -> jax.Array:
+        found = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+        # A shard that lies on several devices is counted on each of them.
+        total = sum((s / n for s, n in zip(found, copies, strict=True)), start=jnp.float32(0))
+        return jax.lax.psum(total, mesh.axis_names)
+
+    over_devices = jax.shard_map(
+        squares, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False
+    )
+    return lambda tree: jnp.sqrt(over_devices(tree))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _axes(spec: PartitionSpec) -> list[str]:
+    return [a for entry in spec if entry for a in (entry if isinstance(entry, tuple) else (entry,))]
 
 
 def clip(grads: Any, norm: jax.Array, max_norm: float) -> Any:

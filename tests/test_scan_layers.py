@@ -120,6 +120,13 @@ def test_parameters_are_gathered_one_layer_at_a_time(devices):
     assert deep("fsdp=8,scan_layers=false", layers, width).compile().temp_bytes > whole
 
 
+def test_remat_holds_beside_the_gathers(devices):
+    """The gathers are rematerialised by a policy of their own, which must not undo the model's."""
+    plain, full = (deep(f"fsdp=8,remat={r}", 8, 64).compile() for r in ("none", "full"))
+    product = 2 * 64 * 256  # of one layer and the device's one row
+    assert full.flops - plain.flops == 8 * product  # the second one's result is not needed again
+
+
 def test_a_model_that_scans_gathers_in_its_own_loop(devices):
     plan = make_plan(models.LinenModel(mode="scan", layers=6), "fsdp=8")
     assert plan.findings == ("6 scanned layers: compiled once, as a loop over 6",)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 
 from shardtrain.errors import StageSplitError
 from shardtrain.pipeline.blocks import from_marks, from_scan
@@ -18,6 +19,7 @@ from shardtrain.pipeline.classify import Extracted, classify
 from shardtrain.pipeline.extract import trace_loss
 from shardtrain.pipeline.markers import BlockGroup
 from shardtrain.pytree import abstract
+from shardtrain.replay import bodies
 from shardtrain.train.gradients import LossFn
 
 # What happens to a gathered parameter before it is multiplied. Keeping any of it for the backward
@@ -144,6 +146,9 @@ def _run(
         return out[:num_carry], out[num_carry:]
 
     run, asked = layer, model.remat or remat
+    if asked is None and gathers is not None:
+        first = [[x[0] for x in blocks], [x[0] for x in (*states, *layered)]]
+        asked = _remat_inside(jax.make_jaxpr(layer)(*abstract((*first, shared, [*model.carry]))))
     if asked is not None:
         run = jax.checkpoint(layer, policy=asked["policy"], prevent_cse=False)
     elif gathers is not None:
@@ -159,3 +164,15 @@ def _run(
 
     carry, ys = jax.lax.scan(step, model.pre(*outer), (blocks, [*states, *layered]))
     return carry, ys[:num_states], ys[num_states:]
+
+
+def _remat_inside(program: jex.ClosedJaxpr) -> dict[str, Any] | None:
+    """What a layer recomputes by itself: the policy around it would otherwise undo that."""
+    for eqn in program.jaxpr.eqns:
+        if "prevent_cse" in eqn.params:
+            return {"policy": eqn.params["policy"]}
+        for body in bodies(eqn):
+            found = _remat_inside(body)
+            if found is not None:
+                return found
+    return None

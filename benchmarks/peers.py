@@ -1,6 +1,8 @@
 """shardtrain beside what people would pick instead: one decoder, one batch, the same cores.
 
-    python benchmarks/peers.py --from torch=/venv/bin/python --json FILE --png FILE --doc PAGE
+    python benchmarks/peers.py --from torch=/venv/bin/python --json FILE --png FILE
+
+`peers_report.py` then puts the table into the docs.
 
 Each program is a script of `peers_scripts/`, in its own process (or one per device for PyTorch).
 They start one after another, then take turns in rounds, so that what else the machine does meets
@@ -29,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers_report import draw, put_table, table
+from peers_report import draw, table
 
 HERE = Path(__file__).parent
 SMALL = {
@@ -151,6 +153,9 @@ class Running:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 class PeerError(Exception):
@@ -192,16 +197,17 @@ def start(peer: Peer, run: "Run") -> Running:
     running = Running(peer, [])
     for rank, log in enumerate(logs):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        running.processes.append(
-            subprocess.Popen(
-                command,
-                env=environment | ranks,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log.open("w"),
-                text=True,
+        with log.open("w") as said:
+            running.processes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment | ranks,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    text=True,
+                )
             )
-        )
     try:
         running.first = [_read(p) for p in running.processes]
     except PeerError as error:
@@ -368,7 +374,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--from", dest="where", action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
-    parser.add_argument("--doc", type=Path, help="page whose table is replaced")
     args = parser.parse_args(arguments)
     cores = use_cores(args.cores)
     chosen = tuple(p for p in PEERS if not args.only or p.package in {"jax", *args.only})
@@ -386,8 +391,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.png:
         draw(found, args.png)
-    if args.doc:
-        put_table(found, args.doc)
     return found
 
 

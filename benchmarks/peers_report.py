@@ -4,14 +4,13 @@ python benchmarks/peers_report.py benchmarks/results/peers.json
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs/performance.md"
 PICTURE = HERE.parent / "docs/images/peers.png"
-BEGIN, END = "<!-- peers: from benchmarks/results/peers.json -->", "<!-- /peers -->"
+RESULTS = HERE / "results"
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -46,19 +45,57 @@ def _setting(found: dict[str, Any]) -> str:
             versions.setdefault(name, set()).add(version)
     named = ", ".join(f"{n} {' and '.join(sorted(v))}" for n, v in sorted(versions.items()))
     return (
-        f"{found['date']}, {found['cores']} cores of an {found['chip']} (load average "
-        f"{found['load_at_start']:.1f} before the start), {named}; "
+        f"{_machine(found)}, {named}; "
         f"{found['rows'][0]['parameters']:,} parameters, {found['batch']} x {found['sequence']} "
         f"tokens per step, float32, AdamW; median of {found['rounds']} rounds of "
         f"{found['steps_per_turn']} steps."
     )
 
 
-def put_table(found: dict[str, Any], page: Path) -> None:
+def input_table(found: dict[str, Any]) -> str:
+    """Markdown of `input_pipeline.py`: the wait for data by kind of source."""
+    lines = ["| source | wait per step, ms | share of the run | run longer than its steps |"]
+    lines.append("|---|---|---|---|")
+    for name, row in found["sources"].items():
+        lines.append(
+            f"| {name} | {row['data_wait_ms']:.2f} | {row['data_wait_share']:.2%} "
+            f"| {row['longer_than_steps']:.2%} |"
+        )
+    lines += ["", f"{_machine(found)}, steps of {1e3 * found['step_seconds']:.0f} ms."]
+    return "\n".join(lines)
+
+
+def startup_table(found: dict[str, Any]) -> str:
+    """Markdown of `startup.py`: seconds by phase, without and with programs on disk."""
+    cold, warm = found["nothing on disk"], found["compiled programs on disk"]
+    lines = [
+        "| phase | CPU s (wall), nothing on disk | compiled programs on disk |",
+        "|---|---|---|",
+    ]
+    cell = lambda phase: f"{phase['cpu_seconds']:.2f} ({phase['seconds']:.2f})"
+    lines += [f"| {name} | {cell(cold[name])} | {cell(warm[name])} |" for name in cold]
+    lines += ["", "| command | seconds |", "|---|---|"]
+    lines += [f"| `{name}` | {seconds:.2f} |" for name, seconds in found["commands"].items()]
+    return "\n".join([*lines, "", f"{_machine(found)}."])
+
+
+def _machine(found: dict[str, Any]) -> str:
+    return (
+        f"{found['date']}, {found['cores']} cores of an {found['chip']} (load average "
+        f"{found['load_at_start']:.1f} before the start)"
+    )
+
+
+TABLES = {"peers": table, "input_pipeline": input_table, "startup": startup_table}
+"""Result file -> what the page shows of it."""
+
+
+def put_table(name: str, found: dict[str, Any], page: Path) -> None:
     """Replace the table between the markers of a page."""
+    begin, end = f"<!-- from benchmarks/results/{name}.json -->", f"<!-- /{name} -->"
     text = page.read_text()
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{before}{BEGIN}\n{table(found)}\n{after}")
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    page.write_text(f"{before}{begin}\n{TABLES[name](found)}\n{after}")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -84,10 +121,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Rewrite the page and the picture from a result file."""
-    found = json.loads(Path(sys.argv[1]).read_text())
-    put_table(found, DOC)
-    draw(found, PICTURE)
+    """Rewrite the page and the picture."""
+    for name in TABLES:
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        put_table(name, found, DOC)
+        if name == "peers":
+            draw(found, PICTURE)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Job:
     def key(self) -> str:
         """Names the job in results and in `--only`."""
         parts = [f"{self.case['shape']}-{self.case['length']}"]
-        parts += [] if self.case.get("scanned", True) else ["unrolled"]
+        parts += [self.case["layers"]] if "layers" in self.case else []
         parts += ["fp8"] if self.case.get("precision") == "fp8" else []
         return "-".join(parts) + (" torch" if self.framework == "torch" else "")
 
@@ -66,9 +66,10 @@ def jobs() -> list[Job]:
         Job("jax", {"shape": shape, "length": length}),
         Job("torch", {"shape": shape, "length": length}),
     ]
-    unrolled = Job("jax", {"shape": "3B", "length": 4096, "scanned": False}, 90.0)
+    unrolled = Job("jax", {"shape": "3B", "length": 4096, "layers": "unrolled"}, 90.0)
+    auto = Job("jax", {"shape": "3B", "length": 4096, "layers": "auto"})
     fp8 = Job("jax", {"shape": "3B", "length": 4096, "precision": "fp8", "xla": "cublas"})
-    first = [unrolled, *both("3B", 4096), *both("8B", 4096), *both("1B", 4096), fp8]
+    first = [unrolled, *both("3B", 4096), *both("8B", 4096), *both("1B", 4096), fp8, auto]
     rest = [job for s in ("3B", "1B", "8B") for job in both(s, 8192)]
     return [*first, *rest, *both("0.5B", 4096), *both("0.5B", 8192)]
 
@@ -76,7 +77,7 @@ def jobs() -> list[Job]:
 def toy_jobs() -> list[Job]:
     """The same kinds at a size for a CPU."""
     case = {"shape": "toy", "length": 64}
-    unrolled = Job("jax", {**case, "scanned": False})
+    unrolled = Job("jax", {**case, "layers": "unrolled"})
     return [Job("jax", case), Job("torch", case), unrolled]
 
 

@@ -56,7 +56,8 @@ class Case:
       rows: Rows per step.
       remat: As in `Strategy`.
       moments: "fp32", or "bf16" for Adam's first moment in half precision.
-      scanned: One block in a loop, or all written out.
+      layers: "scanned" (the model itself loops over one block), "auto" (a list of blocks that the
+        plan turns into a loop), or "unrolled" (a list that stays one).
       precision: "bf16", or "fp8" for the blocks' matmuls by qwix.
       chunks: Parts in which the logits are made; 0: all at once.
       attention: Implementation; None: the shape's own.
@@ -68,7 +69,7 @@ class Case:
     rows: int = 1
     remat: str = "none"
     moments: str = "fp32"
-    scanned: bool = True
+    layers: str = "scanned"
     precision: str = "bf16"
     chunks: int = 8
     attention: str | None = None
@@ -89,7 +90,7 @@ class Case:
     def name(self) -> str:
         """For tables: `3B-4096`, and what is not the default."""
         parts = [f"{self.shape}-{self.length}"]
-        parts += [] if self.scanned else ["unrolled"]
+        parts += [] if self.layers == "scanned" else [self.layers]
         parts += [self.precision] if self.precision != "bf16" else []
         return "-".join(parts)
 
@@ -111,9 +112,7 @@ class ScannedDecoder(Decoder):
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """int `[B, T]` -> `[B, T, embed]`."""
-        apply = lambda block, x: block(x)
-        if self.remat != "none":
-            apply = nnx.remat(apply, policy=remat_policy(self.remat), prevent_cse=False)
+        apply = with_remat(lambda block, x: block(x), self.remat, prevent_cse=False)
         metadata = {nnx.PARTITION_NAME: "layers"}
         loop = nnx.scan(
             apply, in_axes=(0, nnx.Carry), out_axes=nnx.Carry, transform_metadata=metadata
@@ -121,12 +120,36 @@ class ScannedDecoder(Decoder):
         return self.norm(loop(self.blocks, self.embedding(tokens)))
 
 
-def make_model(case: Case) -> Any:
-    """The function `rngs -> model` of a case."""
+class RecomputingDecoder(Decoder):
+    """The decoder with recomputation written into it, for those who have no plan to do that."""
+
+    def __init__(self, config: DecoderConfig, *, remat: str = "none", rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.remat = remat
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """int `[B, T]` -> `[B, T, embed]`."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = with_remat(lambda block, x: block(x), self.remat)(block, x)
+        return self.norm(x)
+
+
+def with_remat(apply: Any, remat: str, prevent_cse: bool = True) -> Any:
+    """A block's call under a policy of `Strategy(remat=...)`."""
+    if remat == "none":
+        return apply
+    return nnx.remat(apply, policy=remat_policy(remat), prevent_cse=prevent_cse)
+
+
+def make_model(case: Case, by_hand: bool = False) -> Any:
+    """The function `rngs -> model` of a case; by hand, recomputation is the model's own."""
 
     def make(rngs: nnx.Rngs) -> Decoder:
-        if case.scanned:
+        if case.layers == "scanned":
             return ScannedDecoder(case.config, remat=case.remat, rngs=rngs)
+        if by_hand:
+            return RecomputingDecoder(case.config, remat=case.remat, rngs=rngs)
         return Decoder(case.config, rngs=rngs)
 
     return with_fp8(case) if case.precision == "fp8" else make
@@ -189,7 +212,8 @@ def make_plan(case: Case, **options: Any) -> st.Plan:
     strategy = st.Strategy(
         data=-1,
         precision="bf16",
-        remat="none" if case.scanned else case.remat,  # a scanned model has it in its loop
+        remat="none" if case.layers == "scanned" else case.remat,  # there it is in the loop
+        scan_layers=False if case.layers == "unrolled" else None,
         xla=case.xla,
     )
     strategy = options.pop("strategy", strategy)
@@ -247,7 +271,8 @@ def choose(case: Case, limit: float, tokens: tuple[int, ...] = TOKENS) -> Choice
       tokens: Tokens per step to try, largest first.
     """
     rejected: list[tuple[str, int]] = []
-    policies = ("dots_no_batch", "full") if case.scanned else ("none", "dots_no_batch", "full")
+    looped = case.layers != "unrolled"
+    policies = ("dots_no_batch", "full") if looped else ("none", "dots_no_batch", "full")
     for remat in policies:
         for moments in ("fp32", "bf16"):
             for count in tokens:

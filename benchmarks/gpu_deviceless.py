@@ -109,6 +109,9 @@ def steps() -> dict[str, Any]:
                 record["fits"] = record["peak_bytes"] <= limit
                 if length == 4096:
                     record["hand"] = hand_account(choice.case)
+                if length == 4096 and choice.case.xla != "off":
+                    off = dataclasses.replace(choice.case, xla="off")
+                    record["xla_off"] = plan_account(off)
             found[case.name] = record
             say(case.name, record)
     return found
@@ -121,12 +124,15 @@ def tuning() -> dict[str, Any]:
         "base": BASE,
         "attention: XLA's": change(BASE, attention="xla"),
         "attention: written out": change(BASE, attention="einsum"),
+        "attention: XLA's, remat: none": change(BASE, attention="xla", remat="none"),
         "logits all at once": change(BASE, chunks=0),
         "remat: none": change(BASE, remat="none"),
         "remat: dots": change(BASE, remat="dots"),
         "remat: full": change(BASE, remat="full"),
-        "layers written out": change(BASE, scanned=False),
-        "layers written out, remat: none": change(BASE, scanned=False, remat="none"),
+        "layers written out": change(BASE, layers="unrolled"),
+        "layers written out, remat: none": change(BASE, layers="unrolled", remat="none"),
+        "layers in a loop by the plan": change(BASE, layers="auto"),
+        "layers in a loop by the plan, remat: none": change(BASE, layers="auto", remat="none"),
         "Adam's first moment in bf16": change(BASE, moments="bf16"),
         "FP8 matmuls": change(BASE, precision="fp8", xla="cublas"),
         "xla=cublas": change(BASE, xla="cublas"),
@@ -144,10 +150,10 @@ def tuning() -> dict[str, Any]:
 
 def eight() -> dict[str, Any]:
     """8B over 8 H100s with FSDP: communication, by preset."""
-    case = Case("8B", 4096, rows=8, remat="full", attention="cudnn")
+    case = Case("8B", 4096, rows=8, remat="full", layers="auto", attention="cudnn")
     found = {}
-    for xla in ("off", *(p for p in PRESETS if "gpu" in PRESETS[p])):
-        strategy = st.Strategy(fsdp=8, precision="bf16", xla=xla)
+    for xla in ("off", "latency-hiding", *(p for p in PRESETS if "collective" in p)):
+        strategy = st.Strategy(fsdp=8, precision="bf16", remat="full", xla=xla)
         found[xla] = attempt(lambda strategy=strategy: plan_account(case, EIGHT, strategy=strategy))
         say(xla, found[xla])
     return found
@@ -181,8 +187,8 @@ def attempt(make: Any) -> dict[str, Any]:
 
 def say(name: str, record: dict[str, Any]) -> None:
     gib = lambda key: f"{(record.get(key) or 0) / 2**30:.1f}"
-    if "refused" in record:
-        print(f"{name}: {record['refused']}", flush=True)
+    if "peak_bytes" not in record:
+        print(f"{name}: {record.get('refused', 'nothing fits')}", flush=True)
         return
     print(
         f"{name}: peak {gib('peak_bytes')} GiB, temporaries {gib('temp_bytes')}, planned "

@@ -39,10 +39,10 @@ def test_counts_of_parameters_and_flops(bench):
     assert cases.flops_per_token(cases.SHAPES["toy"], 64) == expected
 
 
-@pytest.mark.parametrize("scanned", [True, False])
-def test_models_have_the_counted_parameters(bench, scanned):
+@pytest.mark.parametrize("layers", ["scanned", "auto", "unrolled"])
+def test_models_have_the_counted_parameters(bench, layers):
     cases = bench["gpu_cases"]
-    plan = cases.make_plan(cases.Case("toy", 64, rows=8, scanned=scanned), hardware="cpu:8")
+    plan = cases.make_plan(cases.Case("toy", 64, rows=8, layers=layers), hardware="cpu:8")
     sizes = [x.size for x in jax.tree.leaves(plan.abstract_state.params)]
     assert sum(sizes) == 22_688
 
@@ -96,7 +96,7 @@ def test_what_there_is_no_time_for_is_named(bench, tmp_path):
 def test_the_most_telling_jobs_come_first_and_torch_after_its_shape(bench):
     keys = [job.key for job in bench["gpu"].jobs()]
     assert keys[:4] == ["3B-4096-unrolled", "3B-4096", "3B-4096 torch", "8B-4096"]
-    assert len(set(keys)) == len(keys) == 18
+    assert len(set(keys)) == len(keys) == 19
     for key in keys:
         if key.endswith(" torch"):
             assert keys.index(key.removesuffix(" torch")) < keys.index(key)

@@ -117,6 +117,16 @@ def test_rank_by_cost_compares_machines():
         explore("llama3-8b", prices={"h100": 1.0}, **arguments)
 
 
+def test_recomputation_is_chosen_by_what_memory_asks_for():
+    """Each step up in length costs more memory; no more is recomputed than it takes."""
+    chosen = []
+    for sequence in (4096, 16384, 32768):
+        found = explore("llama3-8b", hardware="h100:1x8", global_batch=8, sequence=sequence,
+                        tensor=1, pipeline=1, context=1, offload=False)  # fmt: skip
+        chosen.append(found.best.strategy.remat)
+    assert chosen == ["none", "dots", "full"]
+
+
 def test_nothing_fits_says_the_cheapest_change():
     found = explore("llama3-8b", hardware="v6e:2x2", global_batch=64, sequence=8192,
                     remat="none", offload=False)  # fmt: skip

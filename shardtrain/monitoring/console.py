@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -46,7 +47,8 @@ class ConsoleProgress(Callback):
             return
         kept = use_compile_cache()
         if kept is not None:
-            self._print(f"compiled programs are kept in {kept}", "dim")
+            shown = kept.replace(str(Path.home()), "~", 1)
+            self._print(f"compiled programs are kept in {shown}", "dim")
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.completed}[/]/{task.total}"),

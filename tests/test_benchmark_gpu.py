@@ -114,3 +114,26 @@ def test_mfu_and_peaks_are_in_the_table(bench, tmp_path):
     assert "8B-4096: no" in text
     bench["gpu_figure"].draw(results, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 5_000
+
+
+def test_the_compilers_account_that_is_kept():
+    """What docs/gpu.md says of steps without a GPU, from the file it was read from."""
+    kept = json.loads((FOLDER / "results" / "gpu_deviceless.json").read_text())
+    assert "XLA's GPU compiler for h200" in kept["compiler"]
+    for name, step in kept["steps"].items():
+        assert step["fits"], name
+        assert step["custom_calls"]["__cudnn$fmhaSoftmax"] >= 1
+        assert step["custom_calls"]["__cudnn$fmhaSoftmaxBackward"] == 1
+        assert step["planned_bytes"] == pytest.approx(step["peak_bytes"], rel=0.035)
+        assert step["flops"] >= step["model_flops"]
+        if "hand" in step:
+            assert step["flops"] == pytest.approx(step["hand"]["flops"], rel=1e-3)
+    knobs = kept["tuning"]
+    assert knobs["base"]["flops"] == knobs["remat: none"]["flops"]  # attention is not run twice
+    assert knobs["base"]["temp_bytes"] < 0.5 * knobs["remat: none"]["temp_bytes"]
+    assert knobs["FP8 matmuls"]["custom_calls"]["__cublas$lt$matmul$f8"] == 17
+    assert "__cudnn$fmhaSoftmax" not in knobs["attention: XLA's"]["custom_calls"]
+    for rows in kept["presets"].values():
+        assert all("accepted" in row for row in rows.values())
+    calls = kept["eight"]["off"]["collectives"]
+    assert calls["all-gather over fsdp"] == {"count": 388, "bytes": 30288257024}

@@ -38,7 +38,7 @@ SMALL = {
     "vocab_size": 256, "num_layers": 4, "embed_dim": 256, "num_heads": 8, "num_kv_heads": 4,
     "head_dim": 32, "mlp_dim": 640, "rope_theta": 10_000.0, "norm_epsilon": 1e-6,
 }  # fmt: skip
-TOY = SMALL | {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+TOY = SMALL | {"num_layers": 1, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 TOY |= {"mlp_dim": 64}
 FIRST_LOSS = {"jax": 1e-6, "torch": 1e-4}
 """How far the loss of the first step may be from the hand-written program's, relative."""

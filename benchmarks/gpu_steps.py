@@ -191,11 +191,12 @@ def run_case(request: dict[str, Any]) -> dict[str, Any]:
     fresh = lambda: plan.init(0)
     timings = measure(programs, fresh, batch, request["rounds"], request["steps"])
     chip = chip_of_device(device.device_kind)
+    chip_peak = chip.peak_flops("bf16") if chip else None
     per_step = flops_per_token(case.config, case.length) * case.tokens
     for row in timings.values():
         row["tokens_per_s"] = case.tokens / row["step_s"]
         row["gap_ms"] = 1e3 * (row["waited_s"] - row["step_s"])
-        row["mfu"] = per_step / row["step_s"] / chip.peak_flops("bf16") if chip else None
+        row["mfu"] = per_step / row["step_s"] / chip_peak if chip_peak else None
     return {
         "case": dataclasses.asdict(case),
         "name": case.name,
@@ -207,8 +208,10 @@ def run_case(request: dict[str, Any]) -> dict[str, Any]:
         "compiled_temp_bytes": compiled.temp_bytes,
         "compile_s": compiled.seconds,
         "compiled_flops": compiled.flops,
+        "fused_attention": compiled.hlo.count('"__cudnn$fmha'),
         "estimated_step_s": plan.estimate().step_time,
         "model_flops": per_step,
+        "peak_flops": chip_peak,
         "device": device.device_kind,
         "jax": jax.__version__,
         "programs": timings,

@@ -112,11 +112,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
     names = [row["name"] for row in peers]
     speed.barh(names, [row["ratio"] for row in peers], xerr=spread, color="#4c72b0")
     speed.axvline(1.0, color="black", linewidth=1)
-    speed.set_xlabel("shardtrain's tokens/s over the peer's (bar: median, line: quartiles)")
+    speed.set_xlabel("tokens/s over the peer's: median, quartiles")
     rows = found["rows"][::-1]
     ours = ["#dd8452" if row["against"] is None else "#8c8c8c" for row in rows]
     start.barh([r["name"] for r in rows], [r["seconds_to_first_step"] for r in rows], color=ours)
-    start.set_xlabel("seconds from process start to the first finished step")
+    start.set_xlabel("seconds to the first finished step")
     figure.savefig(path, dpi=110)
 
 

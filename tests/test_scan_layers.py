@@ -187,3 +187,19 @@ def test_what_cannot_be_scanned_is_refused_or_said():
     with pytest.raises(StrategyError, match="scan_layers=3 is not True, False or None"):
         st.Strategy(scan_layers=3)
     assert st.Strategy.parse("scan_layers=none") == st.Strategy()
+
+
+def test_a_loop_keeps_products_and_no_elementwise_results(devices):
+    """Per layer: the input, and what the two matmuls give; the compiler's memory follows."""
+    rows, width, layers = 512, 16, 8
+    batch = {"x": jax.ShapeDtypeStruct((rows, width), jnp.float32)}
+    loss = lambda model, batch: st.Mean(jnp.sum(model(batch["x"]) ** 2), batch["x"].size)
+    make = functools.partial(Deep, layers=layers, width=width)
+    plan_of = lambda s: st.plan(make, loss, optax.sgd(1e-2), batch, s, devices=devices[:1])
+    loop, apart = plan_of("data=1"), plan_of("data=1,scan_layers=false")
+    wide, narrow = 4 * rows * 4 * width, 4 * rows * width  # bytes of what `up` gives, and the rest
+    kept = loop.activation_bytes()
+    assert kept <= layers * (wide + 2 * narrow) + 2 * narrow
+    assert kept < 0.5 * apart.activation_bytes()
+    temp = loop.compile().temp_bytes
+    assert kept <= temp <= kept + 3 * wide + 3 * 8 * width * width * layers * 4

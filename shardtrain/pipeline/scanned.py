@@ -22,12 +22,22 @@ from shardtrain.pytree import abstract
 from shardtrain.replay import bodies
 from shardtrain.train.gradients import LossFn
 
-# What happens to a gathered parameter before it is multiplied. Keeping any of it for the backward
-# pass would keep the whole array.
-_LAYOUT_OPERATIONS = frozenset(
-    {"sharding_constraint", "reshape", "transpose", "squeeze", "broadcast_in_dim", "slice"}
-    | {"split", "convert_element_type", "dynamic_slice", "copy"}
-)
+# A loop keeps in memory, layer by layer, what the backward pass needs; with layers written out the
+# compiler computes elementwise results again where they are used. So does this loop. Layout
+# operations are what happens to a gathered parameter before it is multiplied: keeping any of those
+# would keep the whole array. Comparisons are kept: one byte per number, of dropout's random bits.
+_ELEMENTWISE = """
+    add add_any sub mul div rem neg sign abs max min clamp floor ceil round square sqrt rsqrt cbrt
+    integer_pow pow exp exp2 log log1p expm1 tanh logistic sin cos tan erf erfc erf_inv atan2
+    select_n stop_gradient real imag conj nextafter reduce_precision and or xor not
+    shift_left shift_right_logical shift_right_arithmetic bitcast_convert_type convert_element_type
+"""
+_RANDOM = "random_bits random_wrap random_unwrap random_fold_in random_split threefry2x32 iota"
+_LAYOUT = """
+    sharding_constraint reshape transpose squeeze expand_dims broadcast_in_dim slice split pad rev
+    dynamic_slice copy copy_p concatenate name
+"""
+_COMPUTED_AGAIN = frozenset(f"{_ELEMENTWISE} {_RANDOM} {_LAYOUT}".split())
 
 
 @dataclass(frozen=True)
@@ -145,25 +155,23 @@ def _run(
         out = model.block(*params, *own, *shared, *carry)
         return out[:num_carry], out[num_carry:]
 
-    run, asked = layer, model.remat or remat
-    if asked is None and gathers is not None:
+    asked = model.remat or remat
+    if asked is None:
         first = [[x[0] for x in blocks], [x[0] for x in (*states, *layered)]]
         asked = _remat_inside(jax.make_jaxpr(layer)(*abstract((*first, shared, [*model.carry]))))
-    if asked is not None:
-        run = jax.checkpoint(layer, policy=asked["policy"], prevent_cse=False)
-    elif gathers is not None:
-        sizes = {x[0].size for x in blocks}
-
-        def keep(primitive: Any, *avals: Any, **_: Any) -> bool:
-            return primitive.name not in _LAYOUT_OPERATIONS or avals[0].size not in sizes
-
-        run = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    policy = keep_products if asked is None else asked["policy"]
+    run = jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
     def step(carry: list[Any], xs: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
         return run(*xs, shared, carry)
 
     carry, ys = jax.lax.scan(step, model.pre(*outer), (blocks, [*states, *layered]))
     return carry, ys[:num_states], ys[num_states:]
+
+
+def keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A `jax.checkpoint` policy: all but what is cheap to compute again."""
+    return primitive.name not in _COMPUTED_AGAIN
 
 
 def _remat_inside(program: jex.ClosedJaxpr) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import jax
 
 from shardtrain.errors import HardwareError, KernelNeedsDevicesError
 from shardtrain.partitioning.rules import as_axes
+from shardtrain.pipeline.scanned import keep_products
 from shardtrain.pipeline.schedules import Schedule, make_schedule
 from shardtrain.plan.explain import device_bytes, explain_leaf, explain_table
 from shardtrain.plan.report import (
@@ -239,8 +240,12 @@ class PlanViews:
             parts = jax.eval_shape(lambda b: split_batch(b, self.strategy.num_microbatches), batch)
             batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
 
+        loss = self.proof_loss
+        if self.layer_scan is not None and self.strategy.remat == "none":
+            loss = jax.checkpoint(loss, policy=keep_products)  # as the loop does
+
         def residuals(params: Any, variables: Any, batch: Any, key: jax.Array) -> Any:
-            total = lambda p: self.proof_loss(p, variables, batch, key)[0].loss.total
+            total = lambda p: loss(p, variables, batch, key)[0].loss.total
             return jax.vjp(total, params)[1]
 
         kept = jax.eval_shape(

@@ -8,6 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from shardtrain.errors import StageSplitError
+from shardtrain.pipeline import optimizer as optimizer_module
+from shardtrain.pipeline.alike import treats_layers_alike
 from shardtrain.pipeline.optimizer import map_layers, pipelined_optimizer
 from shardtrain.pipeline.optimizer_state import (
     is_mapped,
@@ -22,6 +24,7 @@ from shardtrain.pipeline.stages import (
     stage_major_specs,
     to_stage_major,
 )
+from shardtrain.pytree import path_string
 
 LAYERS = 4
 
@@ -122,3 +125,60 @@ def test_mapped_states_are_sharded_like_their_parameters():
     assert found[0].mu.outer["embed"] == PartitionSpec("pipeline", None, None)
     kernel = PartitionSpec("pipeline", None, "tensor")
     assert found[0].mu.blocks["layers/*/kernel"] == [kernel, kernel]
+
+
+DEEP = 8
+
+
+def deep_params():
+    rng = np.random.default_rng(2)
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    layer = lambda: {"kernel": array(6, 8), "bias": array(8)}
+    return {"embed": array(16, 8), "layers": [layer() for _ in range(DEEP)]}
+
+
+def deep_layout(params):
+    leaves = tuple(
+        LayerLeaf.of(tuple(f"layers/{n}/{name}" for n in range(DEEP)), stacked=False)
+        for name in ("kernel", "bias")
+    )
+    return stage_layout(params, leaves, DEEP, num_stages=1, virtual_stages=1)
+
+
+def without(number):
+    """Decay for all but one layer."""
+    decays = lambda path, _: f"layers/{number}/" not in path_string(path) + "/"
+    return lambda params: jax.tree_util.tree_map_with_path(decays, params)
+
+
+@pytest.mark.parametrize("name", [*STACKED, *PER_LAYER])
+def test_few_layers_stand_for_many_where_all_are_treated_alike(name, monkeypatch):
+    made = STACKED.get(name) or PER_LAYER[name]
+    params = deep_params()
+    layout = deep_layout(params)
+    assert treats_layers_alike(made, params, layout)
+    tried = []
+    run = optimizer_module._run
+    counted = lambda o, tree: tried.append(len(jax.tree.leaves(tree))) or run(o, tree)
+    monkeypatch.setattr(optimizer_module, "_run", counted)
+    found = pipelined_optimizer(made, params, layout)
+    assert max(tried) == 1 + 2 * 2
+    updates = run(found, to_stage_major(params, layout))
+    wanted = run(made, params)
+    for a, b in zip(
+        jax.tree.leaves(from_stage_major(updates, layout)), jax.tree.leaves(wanted), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [0, 5, DEEP - 1])
+def test_a_layer_that_is_treated_otherwise_is_found(number):
+    params = deep_params()
+    layout = deep_layout(params)
+    decayed = optax.adamw(1e-2, weight_decay=0.1, mask=without(number))
+    assert not treats_layers_alike(decayed, params, layout)
+    assert treats_layers_alike(
+        optax.adamw(1e-2, weight_decay=0.1, mask=without("none")), params, layout
+    )
+    with pytest.raises(StageSplitError, match="updates differ"):
+        pipelined_optimizer(decayed, params, layout)

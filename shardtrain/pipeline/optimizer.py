@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from shardtrain.errors import StageSplitError
+from shardtrain.pipeline.alike import treats_layers_alike
 from shardtrain.pipeline.buffers import AXIS
 from shardtrain.pipeline.stages import (
     StageLayout,
@@ -28,9 +29,11 @@ from shardtrain.pipeline.stages import (
     from_stage_major,
     to_stage_major,
 )
+from shardtrain.pytree import leaves_by_path, map_with_path
 
 _PROBE_DIM = 160  # above Adafactor's factoring threshold of 128
 _PROBE_SIZE = 8_000_000  # numbers in a probe, at most
+_PROBE_LAYERS = 2  # in each chunk, where layers are treated alike
 _STEPS = 2
 
 Optimizer = optax.GradientTransformation
@@ -68,6 +71,8 @@ def pipelined_optimizer(optimizer: Optimizer, params: Any, layout: StageLayout) 
     """
     per_layer = map_layers(optimizer)
     small = _probe_tree(params)
+    if layout.per_chunk > _PROBE_LAYERS and treats_layers_alike(optimizer, params, layout):
+        small, layout = _few_layers(small, layout)
     expected = _run(optimizer, small)
     reasons = []
     for name, candidate in (("stacked", optimizer), ("per layer", per_layer)):
@@ -141,6 +146,24 @@ def _probe_tree(params: Any) -> Any:
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
     return jax.tree.unflatten(jax.tree.structure(params), arrays)
+
+
+def _few_layers(params: Any, layout: StageLayout) -> tuple[Any, StageLayout]:
+    """The first layers of a probe tree, as many as keep several in each chunk, and their layout."""
+    count = layout.num_stages * layout.virtual_stages * _PROBE_LAYERS
+    leaves = tuple(
+        leaf if leaf.stacked else dataclasses.replace(leaf, paths=leaf.paths[:count])
+        for leaf in layout.leaves
+    )
+    stacked = {leaf.paths[0] for leaf in leaves if leaf.stacked}
+    dropped = {p for leaf in layout.leaves for p in leaf.paths[count:]}
+    cut = lambda path, x: None if path in dropped else x[:count] if path in stacked else x
+    few = map_with_path(cut, params)
+    paths = tuple(leaves_by_path(few))
+    found = dataclasses.replace(
+        layout, count=count, leaves=leaves, treedef=jax.tree.structure(few), paths=paths
+    )
+    return few, found
 
 
 def _run(optimizer: Any, params: Any) -> Any:

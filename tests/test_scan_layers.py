@@ -36,7 +36,7 @@ def make_plan(model, strategy, **fields):
 STRATEGIES = ("data=2,fsdp=2,tensor=2", "data=2,fsdp=4,num_microbatches=2")
 
 
-@pytest.mark.parametrize(("name", "strategy"), zip(MADE, 4 * STRATEGIES, strict=True))
+@pytest.mark.parametrize(("name", "strategy"), [*zip(MADE, 4 * STRATEGIES, strict=True)])
 def test_same_numbers_as_one_device_without_the_loop(devices, name, strategy):
     plan = make_plan(MADE[name], strategy, scan_layers=True)
     assert plan.layer_scan is not None

@@ -28,8 +28,8 @@ from shardtrain.train.gradients import LossFn
 # would keep the whole array. Comparisons are kept: one byte per number, of dropout's random bits.
 _ELEMENTWISE = """
     add add_any sub mul div rem neg sign abs max min clamp floor ceil round square sqrt rsqrt cbrt
-    integer_pow pow exp exp2 log log1p expm1 tanh logistic sin cos tan erf erfc erf_inv atan2
-    select_n stop_gradient real imag conj nextafter reduce_precision and or xor not
+    integer_pow one_minus_square pow exp exp2 log log1p expm1 tanh logistic sin cos tan erf erfc
+    erf_inv atan2 select_n stop_gradient real imag conj nextafter reduce_precision and or xor not
     shift_left shift_right_logical shift_right_arithmetic bitcast_convert_type convert_element_type
 """
 _RANDOM = "random_bits random_wrap random_unwrap random_fold_in random_split threefry2x32 iota"

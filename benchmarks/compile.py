@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from pipeline_compile import CONFIG, loss
 
 import shardtrain as st
 from shardtrain.models.decoder import Decoder, DecoderConfig
@@ -37,20 +38,7 @@ COUNTS = (8, 64, 512, 4096)
 SMALL = DecoderConfig(
     vocab_size=256, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=256
 )
-WIDE = DecoderConfig(
-    vocab_size=8192,
-    num_layers=8,
-    embed_dim=1024,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=4096,
-)
 LENGTH = 1024
-
-
-def loss(model: Any, batch: dict[str, jax.Array]) -> st.Mean:
-    return st.cross_entropy(model(batch["tokens"]), batch["targets"])
 
 
 def make_plan(config: DecoderConfig, rows: int, length: int, strategy: str, **options: Any) -> Any:
@@ -124,7 +112,7 @@ def on_chips(chip: str, count: int) -> dict[str, Any]:
     tensor = 2 if count >= 64 else 1
     strategy = f"data={count // (8 * tensor)},fsdp=8,tensor={tensor},precision=bf16"
     start = time.perf_counter()
-    plan = make_plan(WIDE, 2 * count, LENGTH, strategy, hardware=hardware)
+    plan = make_plan(CONFIG, 2 * count, LENGTH, strategy, hardware=hardware)
     planned = time.perf_counter() - start
     found = plan.compile()
     estimate = plan.estimate()

@@ -46,25 +46,33 @@ class GradientPlan:
     reason: str = ""
 
 
-def make_gradients(
-    loss_for: Callable[[tuple[str, ...]], LossFn],
-    proof_loss: LossFn,
-    layout: Layout,
-    s: Strategy,
-    stored: Layout | None = None,
-    finish: Callable[[LossFn], LossFn] = lambda loss: loss,
-) -> GradientPlan:
-    """Compose the gradient function of a strategy.
+@dataclass(frozen=True)
+class TracedLoss:
+    """A plan's loss before it is differentiated.
 
     Args:
       loss_for: The loss in the plan's layout, given the batch axes that are split off.
-      proof_loss: The same loss without sharding constraints, for the proof.
-      layout: Shardings of the loss's arguments.
-      s: Microbatches, ZeRO level and precision.
-      stored: Shardings of what is differentiated; None: `layout`.
+      proof: The same loss without sharding constraints.
+      layout: Shardings of its arguments.
+      stored: Shardings of what is differentiated: another layout where layers are stacked.
       finish: From the loss of `layout` to that of `stored`.
     """
-    stored = stored or layout
+
+    loss_for: Callable[[tuple[str, ...]], LossFn]
+    proof: LossFn
+    layout: Layout
+    stored: Layout
+    finish: Callable[[LossFn], LossFn]
+
+
+def make_gradients(traced: TracedLoss, s: Strategy) -> GradientPlan:
+    """Compose the gradient function of a strategy.
+
+    Args:
+      traced: The loss.
+      s: Microbatches, ZeRO level and precision.
+    """
+    proof_loss, layout, stored = traced.proof, traced.layout, traced.stored
     many = s.num_microbatches > 1
     axes = _local_axes(layout, s)
     reason = ""
@@ -78,10 +86,10 @@ def make_gradients(
         axes = () if reason else axes
     if many and not s.equal_microbatches:
         _refuse_constant_weight(proof_loss, layout, s.num_microbatches)
-    loss = loss_for(axes)
+    loss = traced.loss_for(axes)
     if axes:
         loss = draw_for_batch(loss, math.prod(layout.sizes[a] for a in axes))
-    loss = finish(bugs.avoid_mapped(loss) if axes else bugs.avoid(loss))
+    loss = traced.finish(bugs.avoid_mapped(loss) if axes else bugs.avoid(loss))
     grad_fn = value_and_grad(loss, float32_sums=s.precision == "bf16")
     constrain = stored.constrain(stored.grad_specs)
     if axes:

@@ -8,7 +8,7 @@ import jax
 
 from shardtrain.modules import ModelForm
 from shardtrain.modules.intercept import Calls
-from shardtrain.plan.grads import GradientPlan, make_gradients
+from shardtrain.plan.grads import GradientPlan, TracedLoss, make_gradients
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.loss import UserLoss, make_loss
 from shardtrain.plan.pipelined import pipeline_gradients, reduced_once
@@ -53,10 +53,9 @@ class PlanPrograms:
             return loss if mesh is None else constrain_stream(loss, whole, s, local_axes)
 
         if self.algorithm is not None:
-            plain = loss_for((), None)
-            grad_fn = replica_gradients(loss_for, plain, whole, s, layout, finish)
-            return GradientPlan(grad_fn, ("data",))
-        return make_gradients(loss_for, self.proof_loss, whole, s, layout, finish)
+            traced = TracedLoss(loss_for, loss_for((), None), whole, layout, finish)
+            return GradientPlan(replica_gradients(traced, s), ("data",))
+        return make_gradients(TracedLoss(loss_for, self.proof_loss, whole, layout, finish), s)
 
     @property
     def _traced(self: "Plan") -> tuple[ModelForm, UserLoss, Layout]:

@@ -1,7 +1,7 @@
 """A plan whose replicas agree in another way than the compiler's own all-reduce."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -9,6 +9,7 @@ import optax
 from shardtrain.errors import CompilerBugError, StrategyError
 from shardtrain.partitioning import optimizer_specs
 from shardtrain.pipeline.optimizer_state import is_mapped, mapped_specs
+from shardtrain.plan.grads import TracedLoss
 from shardtrain.plan.known_bugs import check_known_bugs
 from shardtrain.plan.layout import Layout
 from shardtrain.plan.pipelined import Pipelined
@@ -17,7 +18,6 @@ from shardtrain.strategy import Strategy
 from shardtrain.sync import Algorithm, Job, Replicas, make_algorithm, needs_replicas
 from shardtrain.train import (
     GradFn,
-    LossFn,
     first_microbatch_key,
     over_microbatches,
     value_and_grad,
@@ -51,41 +51,30 @@ def _optimizer_specs(layout: Layout, abstract_state: Any, specs: Any) -> Any:
     return optimizer_specs(abstract_state, plans, True)
 
 
-def replica_gradients(
-    loss_for: Callable[[tuple[str, ...]], LossFn],
-    proof_loss: LossFn,
-    layout: Layout,
-    s: Strategy,
-    stored: Layout | None = None,
-    finish: Callable[[LossFn], LossFn] = lambda loss: loss,
-) -> GradFn:
+def replica_gradients(traced: TracedLoss, s: Strategy) -> GradFn:
     """The gradient sums of one replica's rows, over its own microbatches.
 
     Args:
-      loss_for: The loss in the plan's layout, given the batch axes that are split off.
-      proof_loss: The same loss without sharding constraints.
-      layout: Shardings of the loss's arguments.
+      traced: The loss; its `proof` is run as it is where replicas are single devices.
       s: Microbatches.
-      stored: Shardings of what is differentiated; None: `layout`.
-      finish: From the loss of `layout` to that of `stored`.
 
     Raises:
       CompilerBugError: Replicas span several devices, and a convolution cannot be rewritten.
     """
-    stored = stored or layout
+    layout, stored = traced.layout, traced.stored
     others = [a for a, n in layout.sizes.items() if n > 1 and a != "data"]
     if others:
-        bugs = check_known_bugs(proof_loss, layout, s)
+        bugs = check_known_bugs(traced.proof, layout, s)
         if reason := bugs.why_not_mapped(kernels=True):
             raise CompilerBugError(
                 f"{reason}: it would get wrong kernel gradients where replicas are split over "
                 f"{', '.join(others)} (XLA). With sync= or compression= use the data axis alone "
                 "for this model"
             )
-        loss = bugs.avoid_mapped(loss_for(("data",)), kernels=True)
+        loss = bugs.avoid_mapped(traced.loss_for(("data",)), kernels=True)
     else:
-        loss = proof_loss  # each device runs a replica as plain code: nothing to constrain
-    grad_fn = value_and_grad(finish(loss))
+        loss = traced.proof  # each device runs a replica as plain code: nothing to constrain
+    grad_fn = value_and_grad(traced.finish(loss))
     if s.num_microbatches > 1:
         inner = stored.constrain(stored.grad_specs) if others else lambda grads: grads
         return over_microbatches(grad_fn, s.num_microbatches, inner)
